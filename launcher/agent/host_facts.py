@@ -1,0 +1,141 @@
+"""What a host is like: environment, cores, GPUs, interpreter, working directory, script. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from dstrain.launcher.agent import rendezvous
+from dstrain.runtime.spec.frames import HostFacts, Prepare
+
+PROLOGUE_TIMEOUT_S = 60.0
+
+
+class PrologueError(Exception):
+    """The prologue ended with an error; the message is its own words."""
+
+
+def job_environment(prepare: Prepare, login: dict[str, str]) -> dict[str, str]:
+    """The environment that ranks inherit: login, then prologue, then passed variables, then the job's own."""
+    environment = _after_prologue(prepare.prologue, prepare.cwd, login) if prepare.prologue else dict(login)
+    environment.update(prepare.pass_environment)
+    environment.update(prepare.environment)
+    return environment
+
+
+def _after_prologue(prologue: str, cwd: str, login: dict[str, str]) -> dict[str, str]:
+    """What `bash -l` has in its environment after the prologue (a login shell: `module` is defined there)."""
+    read, write = os.pipe()
+    script = f'{prologue}\n[ $? -eq 0 ] && exec env -0 >&"$DSTRAIN_PROLOGUE_FD"'
+    shell = shutil.which("bash", path=login.get("PATH")) or "/bin/sh"
+    with os.fdopen(read, "rb") as reader:
+        try:
+            process = subprocess.Popen(
+                [shell, "-l", "-c", script],
+                env={**login, "DSTRAIN_PROLOGUE_FD": str(write)},
+                cwd=cwd if Path(cwd).is_dir() else "/",
+                pass_fds=[write],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        finally:
+            os.close(write)
+        try:
+            said, _ = process.communicate(timeout=PROLOGUE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise PrologueError(f"did not end within {PROLOGUE_TIMEOUT_S:.0f} s") from None
+        found = reader.read()
+    if process.returncode != 0 or not found:
+        last = os.fsdecode(said).strip().splitlines()
+        raise PrologueError(f"exit {process.returncode}: {last[-1] if last else 'it printed nothing'}")
+    pairs = (os.fsdecode(item).partition("=") for item in found.split(b"\0") if item)
+    return {name: value for name, _, value in pairs if name != "DSTRAIN_PROLOGUE_FD"}
+
+
+def gather(prepare: Prepare, environment: dict[str, str], prologue_error: str | None) -> HostFacts:
+    """Everything that preflight and plan need to know of this host and that takes no import of torch."""
+    gpus = count_gpus(environment)
+    slots = prepare.slots
+    if slots is None:
+        slots = len(chosen_gpus(prepare, gpus) or range(gpus)) or prepare.fallback_slots
+    target = _target_path(prepare, environment)
+    return HostFacts(
+        hostname=socket.gethostname(),
+        cores=len(os.sched_getaffinity(0)),
+        slots=slots,
+        gpus=gpus,
+        addresses=rendezvous.candidate_addresses(),
+        clock_ns=time.time_ns(),
+        cwd=prepare.cwd if os.access(prepare.cwd, os.X_OK) and Path(prepare.cwd).is_dir() else None,
+        target_sha256=_sha256(target) if target else None,
+        target_path=str(target) if target else None,
+        python=find_python(prepare.python, environment),
+        prologue_error=prologue_error,
+        machine_id=_machine_id(),
+    )
+
+
+def find_python(candidates: list[str], environment: dict[str, str]) -> str | None:
+    """The first candidate that exists here; a bare name is looked up in the job's PATH."""
+    for candidate in candidates:
+        found = shutil.which(str(Path(candidate).expanduser()), path=environment.get("PATH"))
+        if found:
+            return found
+    return None
+
+
+def count_gpus(environment: dict[str, str]) -> int:
+    """GPUs that a rank here could use, without asking a driver (which takes seconds): device files or sysfs."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([item for item in visible.split(",") if item.strip() not in ("", "-1")])
+    nvidia = [name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name)]
+    if nvidia:
+        return len(nvidia)
+    amd = 0
+    with contextlib.suppress(OSError):
+        for node in Path("/sys/class/kfd/kfd/topology/nodes").iterdir():
+            amd += (node / "gpu_id").read_text().strip() != "0"
+    return amd
+
+
+def chosen_gpus(prepare: Prepare, gpus: int) -> list[int] | None:
+    """The GPUs that the ranks may see; None: all."""
+    if prepare.gpus is None and prepare.excluded_slots:
+        return [gpu for gpu in range(gpus) if gpu not in prepare.excluded_slots]
+    return prepare.gpus
+
+
+def _target_path(prepare: Prepare, environment: dict[str, str]) -> Path | None:
+    if prepare.kind == "module":
+        return None
+    if prepare.kind == "program" and "/" not in prepare.target:
+        found = shutil.which(prepare.target, path=environment.get("PATH"))
+        return Path(found) if found else None
+    path = Path(prepare.cwd) / prepare.target
+    return path if path.is_file() else None
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _machine_id() -> str:
+    """One machine under two names gives one id: the kernel's boot, and the namespaces of network and processes."""
+    parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
+    parts += [os.readlink(f"/proc/self/ns/{name}") for name in ("net", "pid")]
+    return "/".join(parts)

@@ -1,0 +1,89 @@
+"""The few blocks that the launcher itself prints: first line, table of problems, plan, end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dstrain.launcher.console_text import fold_hosts, fold_numbers
+from dstrain.launcher.plan import Target
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def start_line(message: Mapping[str, Any]) -> str:
+    """`dstrain: 4 ranks on gpu[1-2] (attempt 1)`."""
+    hosts = fold_hosts(message["hosts"])
+    count = message["world_size"]
+    again = f", attempt {message['attempt'] + 1}" if message["attempt"] else ""
+    return f"dstrain: {count} {'rank' if count == 1 else 'ranks'} on {hosts}{again}"
+
+
+def show_problems(problems: Sequence[Mapping[str, Any]]) -> None:
+    """All failures of all hosts in one table, on stderr; plain lines in a pipe."""
+    hosts = len({problem["host"] for problem in problems})
+    print(f"dstrain: not started: {_count(len(problems), 'problem')} on {_count(hosts, 'host')}", file=sys.stderr)
+    if not sys.stderr.isatty():
+        for p in problems:
+            print(f"dstrain: {p['host']}: {p['check']}: {p['found']}; {p['remedy']}", file=sys.stderr)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_lines=True)
+    for name in ("host", "check", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for p in problems:
+        table.add_row(Text(p["host"], "bold"), p["check"], Text(p["found"]), Text(p["remedy"], "green"))
+    console = _console()
+    console.soft_wrap = False
+    console.print(table)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def show_result(report: Mapping[str, Any], run_path: str) -> None:
+    """The end: one root cause with its traceback, a count of the victims, where the logs are."""
+    from rich.text import Text
+
+    console, cause = _console(), report["cause"]
+    if cause is None:
+        took = report["ended"] - report["started"]
+        console.print(Text(f"dstrain: done in {took:.1f} s; logs in {run_path}", "green"))
+        return
+    console.print(Text(f"dstrain: {cause['headline']}", "bold red"))
+    for line in cause["detail"].splitlines():
+        console.print(Text(f"  {line}"))
+    victims = cause.get("victims", 0)
+    if victims:
+        followed = "rank followed it" if victims == 1 else "ranks followed it"
+        console.print(Text(f"dstrain: {victims} other {followed} (lost their peer, or were ended)", "dim"))
+    if cause["remedy"]:
+        console.print(Text(f"dstrain: {cause['remedy']}", "yellow"))
+    console.print(Text(f"dstrain: exit code {report['exit_code']}; logs in {run_path}", "dim"))
+
+
+def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
+    """What `run` would execute."""
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    print(f"run         {Target(**plan['target']).title}")
+    print(f"directory   {plan['cwd']}")
+    print(f"ranks       {plan['world_size']} on {_count(len(plan['nodes']), 'host')}")
+    print(f"rendezvous  {plan['master_address']}")
+    print(f"restarts    {plan['max_restarts']}, grace {plan['grace_s']:g} s")
+    for name, value in plan["environment"].items():
+        print(f"environment {name}={value}")
+    for node in plan["nodes"]:
+        ranks = fold_numbers(spec["rank"] for spec in node["processes"]) or "none"
+        gpus = f", GPUs {','.join(map(str, node['gpus']))}" if node["gpus"] is not None else ""
+        print(f"host        {node['host']} ({node['transport']}): ranks {ranks}{gpus}")

@@ -1,0 +1,528 @@
+"""The supervisor: the head's side of a run, a process of its own. It never talks to a terminal.
+
+    connect -> facts -> preflight -> attempt (-> attempt …) -> report
+
+Each host has a thread (session.py) that posts to one inbox; everything that decides happens in this one thread. What
+the phases wait for is written as `_wait(condition)`: it takes messages into the nodes' state, beats the heart, and
+raises `StopRequested` when somebody wants the run to end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import secrets
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dstrain.launcher import preflight
+from dstrain.launcher.attempt import Attempt, Outcome
+from dstrain.launcher.bundle import build_bundle
+from dstrain.launcher.console_link import ConsoleLink
+from dstrain.launcher.event_log import EventLog
+from dstrain.launcher.hostfile import Host
+from dstrain.launcher.logs import LogFiles
+from dstrain.launcher.plan import LaunchPlan, Request, attempt_environment, make_plan
+from dstrain.launcher.root_cause import Cause
+from dstrain.launcher.run_dir import RunDir
+from dstrain.launcher.session import Connected, Events, Failed, Gone, HostSession
+from dstrain.launcher.transport import ConnectOptions
+from dstrain.runtime.spec import frames
+from dstrain.runtime.spec.errors import UnreachableError
+from dstrain.runtime.spec.exit_codes import ExitCode
+
+HEARTBEAT_S = 1.0
+SILENCE_S = 8.0  # no byte from a host for this long: it is lost (the promise: noticed within 10 s)
+FACTS_TIMEOUT_S = 90.0  # connecting, sending the package, and a prologue
+PRELOAD_TIMEOUT_S = 300.0  # importing torch from a cold network disk
+DIAL_TIMEOUT_S = 3.0
+MAX_CONNECTING = 32
+LOG_BATCH_S = 0.02  # growth of logs is told to the console in batches: 50 a second at the most
+CLOSE_TIMEOUT_S = 8.0
+LEAVE_TIMEOUT_S = 2.0
+
+
+class StopRequested(Exception):
+    """Somebody wants the run to end: Ctrl-C, SIGTERM, a closed terminal."""
+
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(code.name)
+        self.code = code
+
+
+@dataclass
+class Node:
+    """One host of the run and everything that it has said."""
+
+    session: HostSession
+    report: preflight.HostReport
+    connected: bool = False
+    gone: str | None = None  # why the connection ended
+    agent_lost: bool = False  # it ended on the far side while the way there still worked
+    agent_error: str | None = None
+    clock_offset_ns: int = 0  # host's clock minus ours
+    ended_attempt: int = -1
+
+    @property
+    def settled_facts(self) -> bool:
+        return self.report.error is not None or self.report.facts is not None
+
+    @property
+    def settled_preload(self) -> bool:
+        return self.report.error is not None or self.report.preload is not None
+
+
+@dataclass
+class Stopping:
+    """What the console and signals have asked for. Twice means at once."""
+
+    code: ExitCode | None = None
+    times: int = 0
+    raised: bool = field(default=False)
+
+
+class Supervisor:
+    def __init__(
+        self,
+        request: Request,
+        run: RunDir,
+        run_id: str,
+        console: socket.socket,
+        options: ConnectOptions,
+        plan_only: bool = False,
+    ) -> None:
+        self.request, self.run_dir, self.run_id, self.options = request, run, run_id, options
+        self.plan_only = plan_only
+        self.console = ConsoleLink(console)
+        self.events = EventLog(run, run_id)
+        self.inbox: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self.logs = LogFiles(run, self._wake, lambda text: self.inbox.put((-1, text)))
+        self.nodes = self._make_nodes()
+        self.stopping = Stopping()
+        self.attempt: Attempt | None = None
+        self.plan: LaunchPlan | None = None
+        self._next_beat = self._next_logs = time.monotonic()
+        self._logs_waiting = False
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self._wake_read, selectors.EVENT_READ)
+        self.selector.register(self.console.socket, selectors.EVENT_READ)
+
+    def _make_nodes(self) -> list[Node]:
+        bundle = build_bundle()
+        nodes = []
+        for index, host in enumerate(self.request.hosts):
+            session = HostSession(index, host, bundle, agent_pythons(self.request, host), self.logs, self._post)
+            nodes.append(Node(session, preflight.HostReport(host)))
+        return nodes
+
+    def _post(self, index: int, message: object) -> None:
+        self.inbox.put((index, message))
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake_write.send(b"x")
+
+    # --- the run ---------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """From the first connection to the report. Never raises for anything that a host or a user does."""
+        for number, code in ((signal.SIGTERM, ExitCode.TERMINATED), (signal.SIGINT, ExitCode.INTERRUPTED)):
+            signal.signal(number, lambda *_, code=code: self._request_stop(code))
+        started = time.time()
+        try:
+            self._connect()
+            outcome = self._check()
+            if outcome is None:
+                outcome = self._attempts()
+        except StopRequested as stop:
+            outcome = self._stopped(stop.code)
+        self._leave()
+        self._report(outcome, started)
+        return outcome
+
+    def _connect(self) -> None:
+        slot = threading.Semaphore(MAX_CONNECTING)
+        for node in self.nodes:
+            node.session.start(self.options, slot)
+        self._wait(lambda: all(node.settled_facts for node in self.nodes), FACTS_TIMEOUT_S)
+        for node in self.nodes:
+            if not node.settled_facts:
+                cause = f"no answer within {FACTS_TIMEOUT_S:.0f} s"
+                node.report.error = UnreachableError(node.report.host.name, cause, "does a login shell hang there?")
+
+    def _check(self) -> Outcome | None:
+        """Preflight: everything that can be found out before a rank starts. None: all is well."""
+        address = self._find_address()
+        self._wait(lambda: all(node.settled_preload for node in self.nodes), PRELOAD_TIMEOUT_S)
+        problems = preflight.check_all(self.request, [node.report for node in self.nodes], address and address[0])
+        if not problems and address is None:
+            first = self.nodes[0].report
+            fix = "give --master-addr"
+            problems = [preflight.Problem(first.host.name, "rendezvous", "no address that all hosts reach", fix)]
+        if problems or address is None:
+            self.console.send("problems", problems=[vars(problem) for problem in problems])
+            code = preflight.exit_code(problems)
+            rows = "\n".join(f"{p.host}: {p.check}: {p.found}; {p.remedy}" for p in problems)
+            return Outcome(Cause(code, "launcher", f"{len(problems)} problems before the start", rows))
+        slots = [node.report.facts.slots for node in self.nodes if node.report.facts]
+        self.plan = make_plan(self.request, self.run_id, slots)
+        self.run_dir.write_json("plan.json", self.plan.to_json())
+        self.address = address
+        if self.plan_only:
+            self.console.send("plan", plan=self.plan.to_json())
+            return Outcome(Cause(ExitCode.OK, "launcher", "planned"))
+        return None
+
+    def _find_address(self) -> tuple[str, int] | None:
+        """Listen on rank 0's host, dial from all others, choose: while the hosts import torch."""
+        first, others = self.nodes[0], self.nodes[1:]
+        if first.report.error is not None:
+            return None
+        token = secrets.token_hex(8)
+        first.report.listening = None
+        first.session.send(frames.Listen(self._candidates(), self.request.master_port, token))
+        self._wait(lambda: first.report.listening is not None or first.report.error is not None, SILENCE_S)
+        if first.report.listening is None or not first.report.listening.addresses:
+            return None
+        callers = [node for node in others if node.report.error is None]
+        for node in callers:
+            node.report.dialled = None
+            node.session.send(frames.Dial(first.report.listening.addresses, token, DIAL_TIMEOUT_S))
+        self._wait(lambda: all(node.report.dialled or node.report.error for node in callers), 2 * SILENCE_S)
+        return preflight.choose_address(self.request, [node.report for node in self.nodes])
+
+    def _candidates(self) -> list[str]:
+        """Addresses for the store, best first: what the user says, else what the hosts say."""
+        if self.request.master_address:
+            return [self.request.master_address]
+        if len(self.nodes) == 1:
+            return ["127.0.0.1"]
+        host, facts = self.request.hosts[0], self.nodes[0].report.facts
+        return [*([host.addr] if host.addr else []), *(facts.addresses if facts else [])]
+
+    def _attempts(self) -> Outcome:
+        """Attempts with a fresh store each, until one succeeds, none is left, or going on is pointless."""
+        for number in range(self.request.max_restarts + 1):
+            if number:
+                address = self._find_address()
+                if address is None:
+                    return Outcome(Cause(ExitCode.RENDEZVOUS, "launcher", "the store's socket cannot be had again"))
+                self.address = address
+            outcome = self._run_attempt(number)
+            if outcome.ok or not outcome.may_restart or number == self.request.max_restarts:
+                return outcome
+            left = self.request.max_restarts - number
+            self._note(f"{outcome.cause.headline}; starting again ({left} of {self.request.max_restarts} left)")
+            self.events.write(number, "restart", cause=outcome.cause.to_json())
+        raise AssertionError("an attempt returns")
+
+    def _run_attempt(self, number: int) -> Outcome:
+        assert self.plan is not None
+        self.attempt = attempt = Attempt(number, self.plan, self.nodes, self.logs, self._note)
+        self._start_ranks(number)
+        self._wait(lambda: attempt.finished() is not None)
+        outcome = attempt.finished()
+        assert outcome is not None
+        if not outcome.ok:
+            self._wait(attempt.explained, attempt.explanation_s)
+            outcome = attempt.finished() or outcome
+            self._end_ranks(self.request.grace_s)
+        self.logs.close_attempt(number)
+        self.attempt = None
+        return outcome
+
+    def _start_ranks(self, number: int) -> None:
+        assert self.plan is not None
+        address, port = self.address
+        self._say_start(number)
+        for index, (node, part) in enumerate(zip(self.nodes, self.plan.nodes, strict=True)):
+            known = self.nodes[0].report.listening if index == 0 else node.report.dialled
+            interface = self.request.interface or (known.interfaces.get(address, "") if known else "")
+            common = attempt_environment(self.run_id, number, self.request.max_restarts, address, port, interface)
+            mine = set(self.request.environment) | set(self.request.pass_environment)
+            common = {name: value for name, value in common.items() if name not in mine or "IFNAME" not in name}
+            node.session.attempt = number
+            node.session.send(frames.Start(number, list(part.processes), common, address, port, index == 0))
+
+    def _say_start(self, number: int) -> None:
+        assert self.plan is not None
+        self.events.write(number, "launch", world_size=self.plan.world_size, hosts=[n.host for n in self.plan.nodes])
+        self.console.send(
+            "start",
+            attempt=number,
+            world_size=self.plan.world_size,
+            hosts={node.host: [spec.rank for spec in node.processes] for node in self.plan.nodes},
+        )
+
+    def _end_ranks(self, grace_s: float) -> None:
+        """SIGTERM, then SIGKILL after the grace; a host that does not answer is cut off."""
+        if self.attempt is None:
+            return
+        self.attempt.ending = True
+        number = self.attempt.number
+        waiting = [node for node in self.nodes if node.gone is None and node.ended_attempt < number]
+        for node in waiting:
+            node.session.send(frames.Stop(0.0 if self.stopping.times > 1 else grace_s))
+
+        def ended() -> bool:
+            return all(node.gone is not None or node.ended_attempt >= number for node in waiting)
+
+        self._wait(lambda: ended() or self.stopping.times > 1, grace_s + CLOSE_TIMEOUT_S, stoppable=False)
+        if not ended():
+            for node in waiting:
+                node.session.send(frames.Stop(0.0))
+            self._wait(ended, LEAVE_TIMEOUT_S, stoppable=False)
+
+    def _stopped(self, code: ExitCode) -> Outcome:
+        words = {
+            ExitCode.INTERRUPTED: "interrupted (Ctrl-C)",
+            ExitCode.HANGUP: "the console has gone",
+            ExitCode.TERMINATED: "terminated (SIGTERM)",
+        }
+        self._end_ranks(self.request.grace_s)
+        return Outcome(Cause(code, "launcher", words[code]))
+
+    def _leave(self) -> None:
+        """Close every host's side; whoever is slow is cut off, which ends its job too."""
+        for node in self.nodes:
+            node.session.send(frames.Close())
+        self._wait(
+            lambda: all(node.gone is not None or not node.connected for node in self.nodes),
+            LEAVE_TIMEOUT_S,
+            stoppable=False,
+        )
+        closers = [threading.Thread(target=node.session.close, daemon=True) for node in self.nodes]
+        for closer in closers:
+            closer.start()
+        deadline = time.monotonic() + LEAVE_TIMEOUT_S
+        for closer in closers:
+            closer.join(max(0.0, deadline - time.monotonic()))
+
+    def _report(self, outcome: Outcome, started: float) -> None:
+        cause = outcome.cause
+        report = {
+            "run_id": self.run_id,
+            "exit_code": cause.code,
+            "origin": cause.origin,
+            "cause": None if outcome.ok else cause.to_json(),
+            "started": started,
+            "ended": time.time(),
+            "attempts": outcome.attempt + 1,
+            "world_size": self.plan.world_size if self.plan else None,
+            "hosts": [host.name for host in self.request.hosts],
+            "target": self.request.target.title,
+            "ranks": outcome.ranks,
+            "notes": outcome.notes,
+        }
+        self.run_dir.write_json("report.json", report)
+        self.events.write(outcome.attempt, "run_end", exit_code=cause.code, origin=cause.origin)
+        self.console.grown(self.logs.take_grown())
+        self.console.send("result", report=report)
+        self._wait(lambda: self.console.gone or not self.console.wants_to_write, None, stoppable=False)
+
+    # --- waiting ---------------------------------------------------------------------------------------------
+
+    def _wait(self, until: Callable[[], bool], timeout_s: float | None = None, stoppable: bool = True) -> bool:
+        """Take in what happens until the condition holds; False when the time is over first."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            self._take_messages()
+            self._beat()
+            if stoppable and self.stopping.code is not None and not self.stopping.raised:
+                self.stopping.raised = True
+                raise StopRequested(self.stopping.code)
+            if until():
+                return True
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                return False
+            self._sleep(min(self._next_beat, deadline or self._next_beat) - now)
+
+    def _sleep(self, seconds: float) -> None:
+        if self._logs_waiting:
+            seconds = min(seconds, self._next_logs - time.monotonic())
+        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.console.wants_to_write else 0)
+        if self.console.socket in self.selector.get_map():
+            if self.console.gone:
+                self.selector.unregister(self.console.socket)
+            else:
+                self.selector.modify(self.console.socket, mask)
+        for key, events in self.selector.select(max(0.0, seconds)):
+            if key.fileobj is self._wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    self._wake_read.recv(4096)
+                self._logs_waiting = True
+            elif events & selectors.EVENT_READ:
+                self._hear_console()
+        if self._logs_waiting and time.monotonic() >= self._next_logs:
+            self._logs_waiting = False
+            self._next_logs = time.monotonic() + LOG_BATCH_S
+            self.console.grown(self.logs.take_grown())
+        self.console.flush()
+
+    def _hear_console(self) -> None:
+        codes = {
+            "interrupt": ExitCode.INTERRUPTED,
+            "terminate": ExitCode.TERMINATED,
+            "hangup": ExitCode.HANGUP,
+        }
+        for word in self.console.receive():
+            self._request_stop(codes[word])
+        if self.console.gone:
+            self._request_stop(ExitCode.HANGUP)
+
+    def _request_stop(self, code: ExitCode) -> None:
+        self.stopping.code = self.stopping.code or code
+        self.stopping.times += 1
+        self._wake()
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now < self._next_beat:
+            return
+        self._next_beat = now + HEARTBEAT_S
+        for node in self.nodes:
+            if node.report.facts is None or node.gone is not None:
+                continue
+            silent_s = now - node.session.heard_at
+            if silent_s > SILENCE_S:
+                self._lose(node, f"nothing heard from it for {silent_s:.0f} s", agent_lost=False)
+            else:
+                node.session.send(frames.Heartbeat())
+
+    # --- what the hosts say ----------------------------------------------------------------------------------
+
+    def _take_messages(self) -> None:
+        while True:
+            try:
+                index, message = self.inbox.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(message, str):
+                self._note(message)
+            else:
+                self._take(self.nodes[index], message)
+
+    def _take(self, node: Node, message: object) -> None:
+        report = node.report
+        match message:
+            case Connected():
+                node.connected = True
+                node.session.send(self._prepare(node))
+            case Failed(error):
+                report.error = error
+                node.gone = str(error)
+            case Gone(complaint):
+                self._lose(node, complaint or "the connection ended", node.session.program_ended())
+            case frames.HostFacts():
+                report.facts = message
+                node.clock_offset_ns = message.clock_ns - time.time_ns()
+            case frames.PreloadFacts():
+                report.preload = message
+            case frames.Listening():
+                report.listening = message
+            case frames.Dialled():
+                report.dialled = message
+            case frames.AgentFailed(reason):
+                node.agent_error = reason.strip()
+            case frames.AllEnded(number):
+                node.ended_attempt = number
+            case Events(rank, data):
+                self.events.append(rank, data)
+            case frames.Heartbeat():
+                pass
+            case _ if self.attempt is not None:
+                self._take_of_attempt(node, self.attempt, message)
+
+    def _take_of_attempt(self, node: Node, attempt: Attempt, message: object) -> None:
+        if isinstance(message, frames.Exited):
+            fields = {"status": message.status, "of": message.rank, "host": node.report.host.name}
+            self.events.write(attempt.number, "rank_exit", **fields)
+        if attempt.take(node, message):
+            for other in self.nodes:
+                other.session.send(frames.DumpStacks())
+
+    def _lose(self, node: Node, why: str, agent_lost: bool) -> None:
+        """The connection is over: expected at the end, the cause of the end before it."""
+        if node.gone is not None:
+            return
+        node.gone, node.agent_lost = why, agent_lost
+        if node.report.facts is None or (self.attempt is None and self.plan is None and node.report.error is None):
+            name = node.report.host.name
+            reason = node.agent_error.splitlines()[-1] if node.agent_error else why
+            node.report.error = UnreachableError(name, f"lost before the start: {reason}", f"try: ssh {name}")
+        threading.Thread(target=node.session.close, daemon=True).start()
+
+    def _prepare(self, node: Node) -> frames.Prepare:
+        request, host = self.request, node.report.host
+        return frames.Prepare(
+            run_id=self.run_id,
+            host=host.name,
+            python=worker_pythons(request, host),
+            cwd=request.cwd,
+            kind=request.target.kind,
+            target=request.target.name,
+            arguments=list(request.target.arguments),
+            environment=request.environment,
+            pass_environment=request.pass_environment,
+            prologue=request.prologue,
+            slots=request.slots(host),
+            gpus=list(host.gpus) if host.gpus is not None else None,
+            fallback_slots=1,
+            excluded_slots=list(request.excluded_slots.get(host.name, ())),
+            preload=request.preload and request.target.kind != "program",
+            requirements=list(request.requirements),
+            job=request.job,
+        )
+
+    def _note(self, text: str) -> None:
+        self.console.send("note", text=text)
+        self.events.write(self.attempt.number if self.attempt else 0, "note", text=text)
+
+
+def agent_pythons(request: Request, host: Host) -> list[str]:
+    """Interpreters for warden and agent: any Python 3.11 does, so the host's own is a last resort."""
+    return list(dict.fromkeys([*_named_python(request, host), _own_python(), "python3", "python"]))
+
+
+def worker_pythons(request: Request, host: Host) -> list[str]:
+    """Interpreters for the ranks: the one that was named, or the same path as here, or what the prologue brings."""
+    named = _named_python(request, host)
+    if named:
+        return named
+    return ["python3", "python"] if request.prologue else [_own_python(), "python3", "python"]
+
+
+def _named_python(request: Request, host: Host) -> list[str]:
+    named = host.python or request.python
+    return [named] if named else []
+
+
+def _own_python() -> str:
+    import sys
+
+    return sys.executable
+
+
+def run_supervised(
+    request: Request, run: RunDir, run_id: str, console: socket.socket, options: ConnectOptions, plan_only: bool
+) -> int:
+    """The supervisor's process: a session of its own, so that nothing a terminal does concerns it."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    log = os.open(run.path / "supervisor.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for fd, source in ((0, null), (1, log), (2, log)):
+        os.dup2(source, fd)
+    for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_IGN)
+    return Supervisor(request, run, run_id, console, options, plan_only).run().cause.code

@@ -1,0 +1,206 @@
+"""The SSH transport on paramiko: one connection and one channel per host, bastions shared.
+
+Host keys are checked against the user's known_hosts, and what is unknown, changed or revoked is refused: `dstrain
+hosts trust` pins a key on purpose. Agent and X11 forwarding are never asked for. Every wait has a timeout.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import paramiko
+
+from dstrain.launcher.hostfile import Host, parse_hosts_expression
+from dstrain.launcher.transport import ConnectOptions
+from dstrain.launcher.transport.known_hosts import RefuseUnknown, UnknownKeyError, fingerprint, is_revoked
+from dstrain.launcher.transport.ssh_config import SshTarget, resolve
+from dstrain.runtime.spec.errors import AuthenticationError, HostError, HostKeyError, UnreachableError
+
+WINDOW_BYTES = 16 << 20
+PACKET_BYTES = 1 << 17
+KEEPALIVE_S = 15
+COMPLAINT_BYTES = 4096
+FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # one pass in C instead of cipher and HMAC
+
+
+class ParamikoConnection:
+    """One channel. paramiko's own thread fills its buffer; our reader empties it."""
+
+    def __init__(self, client: paramiko.SSHClient, channel: paramiko.Channel) -> None:
+        self._client, self._channel = client, channel
+        self._lock = threading.Lock()
+
+    def read(self) -> bytes:
+        try:
+            return self._channel.recv(1 << 18)
+        except (OSError, EOFError):
+            return b""
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            self._channel.sendall(data)
+
+    def close(self) -> None:
+        self._channel.close()
+        self._client.close()
+
+    def program_ended(self) -> bool:
+        transport = self._client.get_transport()
+        return self._channel.exit_status_ready() or (transport is not None and transport.is_active())
+
+    def complaint(self) -> str:
+        try:
+            if not self._channel.recv_stderr_ready():
+                return ""
+            return self._channel.recv_stderr(COMPLAINT_BYTES).decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+
+def connect_paramiko(host: Host, command: str, options: ConnectOptions) -> ParamikoConnection:
+    """Log in and start `command`. Raises HostError; only what may pass by itself is tried again."""
+    target = resolve(host)
+    for attempt in range(options.attempts):
+        try:
+            client = _login(host, target, options)
+            break
+        except UnreachableError:
+            if attempt + 1 == options.attempts:
+                raise
+            time.sleep(random.uniform(0.2, 0.6) * 2**attempt)  # jitter: hosts do not come back in step
+    with _translated(host, target, options):
+        transport = client.get_transport()
+        assert transport is not None
+        transport.set_keepalive(KEEPALIVE_S)
+        channel = transport.open_session(WINDOW_BYTES, PACKET_BYTES, timeout=options.timeout_s)
+        channel.exec_command(command)
+    return ParamikoConnection(client, channel)
+
+
+def _login(host: Host, target: SshTarget, options: ConnectOptions) -> paramiko.SSHClient:
+    client = paramiko.SSHClient()
+    client.set_missing_host_key_policy(RefuseUnknown())
+    with _translated(host, target, options):
+        for path in target.known_hosts:
+            if Path(path).is_file():
+                client.load_system_host_keys(path)
+        stream = open_stream(host, target, options)
+        try:
+            client.connect(
+                target.key_alias or target.hostname,
+                22 if target.key_alias else target.port,  # only names the key: the stream is open already
+                username=target.user,
+                key_filename=[key for key in target.keys if Path(key).is_file()],
+                allow_agent=not target.identities_only,
+                look_for_keys=False,
+                sock=stream,
+                timeout=options.timeout_s,
+                banner_timeout=options.timeout_s,
+                auth_timeout=options.timeout_s,
+                channel_timeout=options.timeout_s,
+                transport_factory=_fast_transport,
+            )
+            transport = client.get_transport()
+            assert transport is not None
+            if is_revoked(transport.get_remote_server_key(), target):
+                raise HostKeyError(host.name, "its host key is revoked in known_hosts", "find out who answers there")
+        except BaseException:
+            client.close()
+            stream.close()
+            raise
+    return client
+
+
+def _fast_transport(sock: socket.socket, **options: object) -> paramiko.Transport:
+    transport = paramiko.Transport(sock, default_window_size=WINDOW_BYTES, **options)  # type: ignore[arg-type]
+    security = transport.get_security_options()
+    fast = [cipher for cipher in FAST_CIPHERS if cipher in security.ciphers]
+    security.ciphers = [*fast, *(cipher for cipher in security.ciphers if cipher not in fast)]
+    return transport
+
+
+def open_stream(host: Host, target: SshTarget, options: ConnectOptions) -> socket.socket:
+    """The byte stream to the host's sshd: through its bastions, its ProxyCommand, or straight."""
+    if target.jumps:
+        return _through_bastion(host, target, options)
+    if target.proxy_command:
+        command = target.proxy_command.replace("%h", target.hostname).replace("%p", str(target.port))
+        return paramiko.ProxyCommand(command.replace("%r", target.user))  # type: ignore[return-value]
+    try:
+        stream = socket.create_connection((target.hostname, target.port), timeout=options.timeout_s)
+    except socket.gaierror as error:
+        fix = "check the name, or give addr=IP in the hostfile"
+        raise UnreachableError(host.name, f"the name {target.hostname} is unknown ({error.strerror})", fix) from None
+    except ConnectionRefusedError:
+        where = f"{target.hostname}:{target.port}"
+        fix = "start sshd there, or give port=N in the hostfile"
+        raise UnreachableError(host.name, f"{where} refused the connection", fix) from None
+    except OSError as error:
+        reason = f"no answer within {options.timeout_s:.0f} s" if isinstance(error, TimeoutError) else error.strerror
+        fix = "is the host up, and does the way to it work (ping, firewall)?"
+        raise UnreachableError(host.name, f"{target.hostname}:{target.port}: {reason}", fix) from None
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return stream
+
+
+_bastions: dict[tuple[str, ...], paramiko.SSHClient] = {}
+_bastions_lock = threading.Lock()
+
+
+def _through_bastion(host: Host, target: SshTarget, options: ConnectOptions) -> socket.socket:
+    """A channel of the last bastion's transport, which all hosts behind it share."""
+    with _bastions_lock:
+        client = _bastions.get(target.jumps)
+        if client is None or not (transport := client.get_transport()) or not transport.is_active():
+            jump = parse_hosts_expression(target.jumps[-1].replace("ssh://", ""))[0]
+            jump_target = resolve(jump)
+            if len(target.jumps) > 1:
+                jump_target = SshTarget(**{**vars(jump_target), "jumps": target.jumps[:-1]})
+            client = _bastions[target.jumps] = _login(jump, jump_target, options)
+    transport = client.get_transport()
+    assert transport is not None
+    channel = transport.open_channel(
+        "direct-tcpip", (target.hostname, target.port), ("127.0.0.1", 0), timeout=options.timeout_s
+    )
+    return channel  # type: ignore[return-value]  # a Channel has what a Transport needs of a socket
+
+
+@contextmanager
+def _translated(host: Host, target: SshTarget, options: ConnectOptions) -> Iterator[None]:
+    """paramiko's errors as ours: the only place that knows them."""
+    name, where = host.name, f"{target.hostname}:{target.port}"
+    try:
+        yield
+    except HostError:
+        raise
+    except UnknownKeyError as error:
+        fix = f"compare the fingerprint with the host's own, then: dstrain hosts trust {name}"
+        raise HostKeyError(name, f"its host key is unknown ({fingerprint(error.key)})", fix) from None
+    except paramiko.BadHostKeyException as error:
+        cause = f"its host key has CHANGED (now {fingerprint(error.key)})"
+        fix = f"another machine may be answering; if the host was set up anew: ssh-keygen -R '{target.key_name}'"
+        raise HostKeyError(name, cause, fix) from None
+    except paramiko.PasswordRequiredException:
+        fix = "add it to your agent: ssh-add"
+        raise AuthenticationError(name, "the private key has a passphrase", fix) from None
+    except paramiko.AuthenticationException as error:
+        keys = ", ".join(key for key in target.keys if Path(key).is_file()) or "none"
+        fix = f"copy your key there (ssh-copy-id {target.user}@{name}), or give user= / key= in the hostfile"
+        raise AuthenticationError(
+            name, f"{target.user}@{where} did not let us in (keys tried: {keys}, and the agent's; {error})", fix
+        ) from None
+    except paramiko.ChannelException as error:
+        fix = "look at the bastion's AllowTcpForwarding and at the address behind it"
+        raise UnreachableError(name, f"a channel to {where} was refused ({error})", fix) from None
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        reason = str(error) or type(error).__name__
+        if "not found in known_hosts" in reason:
+            raise HostKeyError(name, reason, f"dstrain hosts trust {name}") from None
+        fix = f"try: ssh -p {target.port} {target.user}@{target.hostname}"
+        raise UnreachableError(name, f"{where} broke off the login: {reason}", fix) from None

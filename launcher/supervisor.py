@@ -457,6 +457,8 @@ class Supervisor:
         if node.gone is not None:
             return
         node.gone, node.agent_lost = why, agent_lost
+        if self.attempt is not None and not self.attempt.ending:
+            self.events.write(self.attempt.number, "host_lost", host=node.report.host.name, why=why)
         if node.report.facts is None or (self.attempt is None and self.plan is None and node.report.error is None):
             name = node.report.host.name
             reason = node.agent_error.splitlines()[-1] if node.agent_error else why

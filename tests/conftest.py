@@ -44,10 +44,11 @@ class Run:
     """One `dstrain run …`: its process, its output, and everything that can be asked about it."""
 
     def __init__(self, folder: Path, words: list[str], env: dict[str, str], stdout: Any = None) -> None:
-        self.folder, self.token = folder, f"lab-{uuid.uuid4().hex}"
-        environment = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "TOKEN": self.token, **env}
+        self.folder, self.token, self.mark = folder, f"lab-{uuid.uuid4().hex}", f"3600.{uuid.uuid4().int % 10**12:012}"
+        own = {"XDG_STATE_HOME": str(folder / "state"), "TOKEN": self.token, "MARK": self.mark}
+        environment = {**os.environ, **own, **env}
         self._out, self._err = (folder / "stdout").open("wb"), (folder / "stderr").open("wb")
-        command = [lab.DSTRAIN, "run", "--pass-env", "TOKEN", *words]
+        command = [lab.DSTRAIN, "run", "--pass-env", "TOKEN", "--pass-env", "MARK", *words]
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=stdout or self._out, stderr=self._err, start_new_session=True
         )
@@ -79,19 +80,34 @@ class Run:
     def log(self, host: str, rank: int, suffix: str = "out", attempt: int = 0) -> bytes:
         return (self.directory / "logs" / f"attempt-{attempt}" / host / f"rank-{rank}.{suffix}").read_bytes()
 
-    def pid_of(self, name: str) -> int:
-        """A pid (as seen from here) that a script has noted as `<name>.pid`."""
-        path = self.folder / f"{name}.pid"
-        return int(lab.wait_for(lambda: path.exists() and path.read_text().strip(), f"{name}.pid\n{self.err}"))
-
-    def members(self) -> list[int]:
-        """Every living process that descends from this run's ranks or carries its token, wherever it is."""
-        mine = [self.process.pid, os.getpid()]
-        return [pid for pid in lab.with_cookie(f"TOKEN={self.token}") if pid not in mine]
-
     def workers(self) -> list[int]:
-        """Those among them that a host started: the supervisor and the console carry no DSTRAIN_HOST."""
-        return [pid for pid in self.members() if b"DSTRAIN_HOST=" in _environ(pid)]
+        """Living processes of the job on any host: they carry its token, or have its mark in their words."""
+        return lab.processes_with(f"TOKEN={self.token}\0", b"DSTRAIN_HOST=", self.mark)
+
+    def rank_pid(self, rank: int) -> int:
+        """The pid, as seen from here, of a preloaded rank; waits until it runs."""
+        title = f"dstrain rank {rank}:".encode()
+        return int(lab.wait_for(lambda: next((p for p in self.workers() if _words(p).startswith(title)), 0), f"rank {rank}\n{self.err}"))
+
+    def ancestor(self, rank: int, name: str) -> int:
+        """The process above a rank that is called so: dstrain-agent, dstrain-warden, sshd."""
+        pid = self.rank_pid(rank)
+        while pid > 1:
+            pid = lab.parent(pid)
+            if Path(f"/proc/{pid}/comm").read_text().strip().startswith(name):
+                return pid
+        raise AssertionError(f"no {name} above rank {rank}")
+
+    @property
+    def supervisor(self) -> int:
+        """The console's only child."""
+        pid = self.process.pid
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+    def wait_ready(self, ranks: int) -> None:
+        """Until every rank has written `<rank>.ready` into its directory."""
+        names = [f"{rank}.ready" for rank in range(ranks)]
+        lab.wait_for(lambda: all((self.folder / name).exists() for name in names), f"ranks\n{self.out}{self.err}", 40)
 
     def wait_gone(self, timeout_s: float, since: float | None = None) -> None:
         """Nothing of the job is left on any host within the time."""
@@ -113,9 +129,9 @@ class Run:
         self._err.close()
 
 
-def _environ(pid: int) -> bytes:
+def _words(pid: int) -> bytes:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/environ").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
 
 

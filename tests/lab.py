@@ -160,26 +160,31 @@ class Namespace:
         """Pull the cable (`down`) or plug it in (`up`): the bridge's end of it."""
         subprocess.run(["ip", "link", "set", f"{self.interface}-b", state], check=True)
 
-    def processes(self, cookie: str) -> list[int]:
-        """Processes there whose environment has the cookie."""
-        return with_cookie(cookie, self.pid)
 
-
-def with_cookie(cookie: str, namespace_of: int | None = None) -> list[int]:
-    """Pids (as seen here) of living processes with this text in their environment."""
+def processes_with(cookie: str, also: bytes, word: str) -> list[int]:
+    """Pids, as seen from here, of living processes with both texts in their environment, or the word in their argv."""
     found = []
-    wanted = os.readlink(f"/proc/{namespace_of}/ns/pid") if namespace_of else None
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if cookie.encode() not in Path(f"/proc/{name}/environ").read_bytes():
+            environment = Path(f"/proc/{name}/environ").read_bytes()
+            mine = cookie.encode() in environment and also in environment
+            if not mine and word.encode() not in Path(f"/proc/{name}/cmdline").read_bytes():
                 continue
-            if Path(f"/proc/{name}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X"):
-                continue
-            if wanted is None or os.readlink(f"/proc/{name}/ns/pid") == wanted:
+            if stat(int(name))[0] not in "ZX":
                 found.append(int(name))
     return found
+
+
+def stat(pid: int) -> tuple[str, int]:
+    """(state, parent) of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return fields[0].decode(), int(fields[1])
+
+
+def parent(pid: int) -> int:
+    return stat(pid)[1]
 
 
 @dataclass

@@ -312,6 +312,7 @@ class Agent:
             self.tell(frames.PreloadFacts(None, None, error=f"{how}\n{said}"))
             return
         self.tell(frames.AgentFailed(f"{how}{': ' + said.splitlines()[-1] if said else ''}"))
+        self._end_attempt()
 
     def _do_listen(self, message: frames.Listen) -> None:
         self._close_listeners()

@@ -24,7 +24,9 @@ from dstrain.runtime.spec.errors import AuthenticationError, HostError, HostKeyE
 
 WINDOW_BYTES = 16 << 20
 PACKET_BYTES = 1 << 17
+NO_STATUS = -1  # what a channel has before, or without, an exit status
 KEEPALIVE_S = 15
+TRANSPORT_END_S = 0.5  # between the end of a channel and the end of the connection that broke it
 COMPLAINT_BYTES = 4096
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # one pass in C instead of cipher and HMAC
 
@@ -51,8 +53,15 @@ class ParamikoConnection:
         self._client.close()
 
     def program_ended(self) -> bool:
-        transport = self._client.get_transport()
-        return self._channel.exit_status_ready() or (transport is not None and transport.is_active())
+        """An exit status, or a transport that is still there a moment later (a signal leaves no status)."""
+        transport, deadline = self._client.get_transport(), time.monotonic() + TRANSPORT_END_S
+        while self._channel.exit_status == NO_STATUS:
+            if transport is None or not transport.is_active():
+                return False
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(0.02)
+        return True
 
     def complaint(self) -> str:
         try:

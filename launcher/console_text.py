@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 MAX_LINE_CHARACTERS = 1000
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 RESET = "\x1b[0m"
 
 
@@ -28,6 +28,11 @@ def clean(raw: bytes, colour: bool) -> str:
     codes = [*_COLOUR.findall(text), ""]
     kept = "".join(_CONTROL.sub(_escape, part) + (code if colour else "") for part, code in zip(parts, codes, strict=True))
     return kept + (RESET if colour and len(codes) > 1 else "")
+
+
+def escape(text: str) -> str:
+    """One line of the launcher's own that may quote a host or a worker: no control character stays."""
+    return _CONTROL.sub(_escape, text)
 
 
 def _escape(match: re.Match[str]) -> str:
@@ -71,6 +76,14 @@ class Source:
     lines: deque[str] = field(default_factory=deque)
 
 
+def _newest_state(partial: bytes) -> bytes:
+    """Of a line that a progress bar has drawn for hours, what can still be seen."""
+    state = partial.rstrip(b"\r")
+    if len(state) == len(partial) and b"\r" not in state:
+        return partial
+    return b"\r" + state.rpartition(b"\r")[2] + (b"\r" if len(state) < len(partial) else b"")
+
+
 class Folder:
     """Holds lines for a moment, so that equal ones of many ranks become one; each rank's order is kept."""
 
@@ -81,7 +94,8 @@ class Folder:
     def feed(self, host: str, rank: int, data: bytes) -> None:
         """Take bytes of one rank's stream."""
         source = self._sources.setdefault(rank, Source(host, rank))
-        *lines, source.partial = (source.partial + data).split(b"\n")
+        *lines, rest = (source.partial + data).split(b"\n")
+        source.partial = _newest_state(rest)
         source.lines.extend(clean(line, self._colour) for line in lines)
 
     @property

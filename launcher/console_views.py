@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dstrain.launcher.console_text import fold_hosts, fold_numbers
+from dstrain.launcher.console_text import escape, fold_hosts, fold_numbers
 from dstrain.launcher.plan import Target
 
 
@@ -31,7 +31,7 @@ def show_problems(problems: Sequence[Mapping[str, Any]]) -> None:
     print(f"dstrain: not started: {_count(len(problems), 'problem')} on {_count(hosts, 'host')}", file=sys.stderr)
     if not sys.stderr.isatty():
         for p in problems:
-            print(f"dstrain: {p['host']}: {p['check']}: {p['found']}; {p['remedy']}", file=sys.stderr)
+            print(escape(f"dstrain: {p['host']}: {p['check']}: {p['found']}; {p['remedy']}"), file=sys.stderr)
         return
     from rich.table import Table
     from rich.text import Text
@@ -40,7 +40,7 @@ def show_problems(problems: Sequence[Mapping[str, Any]]) -> None:
     for name in ("host", "check", "found", "what to do"):
         table.add_column(name, overflow="fold")
     for p in problems:
-        table.add_row(Text(p["host"], "bold"), p["check"], Text(p["found"]), Text(p["remedy"], "green"))
+        table.add_row(Text(p["host"], "bold"), p["check"], Text(escape(p["found"])), Text(escape(p["remedy"]), "green"))
     console = _console()
     console.soft_wrap = False
     console.print(table)
@@ -59,15 +59,15 @@ def show_result(report: Mapping[str, Any], run_path: str) -> None:
         took = report["ended"] - report["started"]
         console.print(Text(f"dstrain: done in {took:.1f} s; logs in {run_path}", "green"))
         return
-    console.print(Text(f"dstrain: {cause['headline']}", "bold red"))
+    console.print(Text(escape(f"dstrain: {cause['headline']}"), "bold red"))
     for line in cause["detail"].splitlines():
-        console.print(Text(f"  {line}"))
+        console.print(Text(escape(f"  {line}")))
     victims = cause.get("victims", 0)
     if victims:
         followed = "rank followed it" if victims == 1 else "ranks followed it"
         console.print(Text(f"dstrain: {victims} other {followed} (lost their peer, or were ended)", "dim"))
     if cause["remedy"]:
-        console.print(Text(f"dstrain: {cause['remedy']}", "yellow"))
+        console.print(Text(escape(f"dstrain: {cause['remedy']}"), "yellow"))
     console.print(Text(f"dstrain: exit code {report['exit_code']}; logs in {run_path}", "dim"))
 
 

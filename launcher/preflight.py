@@ -108,7 +108,7 @@ def _check_place(request: Request, report: HostReport, digest: str | None) -> It
 
 def _check_python(request: Request, report: HostReport, torch: str | None) -> Iterator[Row]:
     facts, preload = report.facts, report.preload
-    if facts is None or facts.cwd is None:
+    if facts is None or facts.cwd is None or facts.prologue_error:
         return
     if facts.python is None:
         yield ("python", "no such interpreter", "give python=PATH in the hostfile, or --python")

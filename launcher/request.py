@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from dstrain.launcher.hostfile import Host, load_hostfile, parse_hosts_expression
+from dstrain.launcher.hostfile_store import find_hostfile
 from dstrain.launcher.plan import Request, Target
 from dstrain.launcher.selection import SelectedHost, select
 from dstrain.runtime.spec.errors import UsageError
@@ -155,6 +156,8 @@ def _hosts(
         hosts = parse_hosts_expression(run.hosts)
     elif run and run.hostfile:
         hosts = load_hostfile(run.hostfile).hosts
+    elif path := find_hostfile(None, os.environ):
+        hosts = load_hostfile(path).hosts
     else:
         hosts = (Host("localhost", transport="local"),)
     if not hosts:

@@ -7,9 +7,11 @@ and speaks frames with it over a socket. A forked rank then becomes what a plain
     and the normal end of an interpreter (atexit, buffers, non-daemon threads).
 
 [Note: fork after importing torch]
-Safe as long as the zygote has one thread and no CUDA context. OPENBLAS_NUM_THREADS=1 at import keeps numpy from
-starting threads; PYTORCH_NVML_BASED_CUDA_CHECK=1 keeps torch from touching the driver. Forked ranks share what
-separate processes would not: the seeds of torch, numpy and random, so they are drawn anew from the system's entropy.
+Safe as long as the zygote has one thread and no CUDA context. OpenBLAS, whose threads numpy starts at import, ends
+them before each fork and starts them again when somebody multiplies (its pthread_atfork handler), so a rank has as
+many as its environment says; PYTORCH_NVML_BASED_CUDA_CHECK=1 keeps torch from touching the driver. Forked ranks share
+what separate processes would not: the seeds of torch, numpy and random, so they are drawn anew from the system's
+entropy.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ import sys
 import traceback
 import types
 from collections import deque
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from pkgutil import get_importer
 
 from dstrain.runtime.spec.frames import (
     STACK_SIGNAL,
@@ -43,6 +46,7 @@ from dstrain.runtime.spec.frames import (
 from dstrain.runtime.spec.linux import die_with_parent, set_title
 
 MAX_DESCRIPTORS = 16
+_CUDA_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 def main(control_fd: int, requirements: list[str]) -> None:
@@ -68,9 +72,8 @@ def _preload(requirements: list[str]) -> PreloadFacts:
     """Import what the ranks will need. Every error becomes a fact: the agent reports it before any rank starts."""
     version = ".".join(map(str, sys.version_info[:3]))
     missing = [name for name in requirements if not _can_find(name)]
-    openblas = os.environ.get("OPENBLAS_NUM_THREADS")
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    users_check = os.environ.get(_CUDA_CHECK)
+    os.environ.setdefault(_CUDA_CHECK, "1")
     try:
         if not _can_find("torch"):
             return PreloadFacts(version, None, missing)
@@ -81,10 +84,8 @@ def _preload(requirements: list[str]) -> PreloadFacts:
     except BaseException:
         return PreloadFacts(version, None, missing, traceback.format_exc(limit=-3))
     finally:
-        if openblas is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
-        else:
-            os.environ["OPENBLAS_NUM_THREADS"] = openblas
+        if users_check is None:
+            del os.environ[_CUDA_CHECK]
     return PreloadFacts(version, torch.__version__, missing)
 
 
@@ -208,21 +209,27 @@ def run_target(kind: str, target: str, arguments: list[str]) -> None:
 
     sys.excepthook = _show_without_us
     gc.unfreeze()
-    main_module = types.ModuleType("__main__")
-    sys.modules["__main__"] = main_module
-    if kind == "module":
-        sys.path.insert(0, str(Path.cwd()))
-        sys.argv = [target, *arguments]
-        runpy._run_module_as_main(target)  # type: ignore[attr-defined]  # what `python -m` itself calls
-        return
-    path = Path(target)
+    namespace = sys.modules["__main__"].__dict__
+    for name in [name for name in namespace if not name.startswith("__")]:
+        del namespace[name]  # what the agent's line of code that started the zygote has left there
     sys.argv = [target, *arguments]
-    sys.path.insert(0, str(path.resolve().parent))
-    namespace: dict[str, Any] = main_module.__dict__
-    namespace.update(
-        __file__=target, __builtins__=__builtins__, __cached__=None, __loader__=None, __package__=None, __spec__=None
-    )
-    exec(compile(path.read_bytes(), target, "exec"), namespace)
+    sys.orig_argv = [sys.executable, *(["-m"] if kind == "module" else []), *sys.argv]
+    if kind == "module":
+        _put_first_on_path(str(Path.cwd()))
+        runpy._run_module_as_main(target)  # type: ignore[attr-defined]  # what `python -m` itself calls
+    elif get_importer(target) is not None:  # a zip file with a __main__.py
+        sys.path.insert(0, target)
+        runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
+    else:
+        path = os.path.abspath(target)  # noqa: PTH100 - as python has it in __file__: links are not resolved
+        _put_first_on_path(os.path.dirname(os.path.realpath(target)))  # noqa: PTH120 - as python has it
+        namespace |= {"__file__": path, "__cached__": None, "__loader__": SourceFileLoader("__main__", path)}
+        exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), namespace)
+
+
+def _put_first_on_path(folder: str) -> None:
+    if not sys.flags.safe_path:
+        sys.path.insert(0, folder)
 
 
 def _show_without_us(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

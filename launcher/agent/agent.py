@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import shutil
 import signal
 import socket
 import time
@@ -55,6 +56,8 @@ def main(package_root: str, work: str, warden: int, warden_alive: int) -> NoRetu
 
         agent.tell_failure(traceback.format_exc())
     left = processes.sweep(agent.cookies, [os.getpid(), warden])
+    if os.getppid() != warden:  # else the warden cleans up
+        shutil.rmtree(work, ignore_errors=True)
     os._exit(1 if left else code)
 
 

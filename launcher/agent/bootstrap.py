@@ -14,6 +14,9 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import time
+
+KEEP_S = 30 * 86400
 
 
 def say(text):
@@ -100,6 +103,17 @@ def unpack(package, digest, root):
             os.rename(fresh, root)
 
 
+def prune(folder):
+    """Versions that no run has used for a month go."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        try:
+            if time.time() - os.stat(path).st_mtime > KEEP_S:
+                shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            continue
+
+
 def main():
     os.environ.pop("DSTRAIN_STAGE_0", None)
     umask = os.umask(0o077)
@@ -111,6 +125,8 @@ def main():
     else:
         say("need\n")
         unpack(read_exactly(int(size)), digest, root)
+    os.utime(root)
+    prune(os.path.dirname(root))
     os.umask(umask)
     sys.path.insert(0, root)
     from dstrain.launcher.agent.warden import main as warden

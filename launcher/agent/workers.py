@@ -164,13 +164,20 @@ def spawn_program(
             stderr=err,
             pass_fds=[events],
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(agent),
+            preexec_fn=lambda: _become_program(agent),
         )
     finally:
         for fd in descriptors:
             os.close(fd)
     worker.pid = process.pid
     process.returncode = 0  # reaped by the agent, which adopts strangers too; Popen must not wait for it
+
+
+def _become_program(agent: int) -> None:
+    """In the child before exec: signals that the warden ignores would stay ignored in the program."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    die_with_parent(agent)
 
 
 def ask_to_end(worker: Worker, whole_group: bool) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from dstrain.launcher.cli import hosts
 from dstrain.launcher.cli.run import RunCommand, run
+from dstrain.launcher.cli.trust import trust
 from dstrain.runtime.spec.errors import DstrainError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run", cls=RunCommand)(run)
+hosts.app.command("trust")(trust)
 app.add_typer(hosts.app, name="hosts")
 
 

@@ -62,7 +62,7 @@ def list_hosts(
 def add(
     host: Annotated[str, typer.Argument(metavar="HOST", help="A name, an address, or a range: gpu[1-4].")],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=_OPTIONS_HELP, show_default=False)
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help=_OPTIONS_HELP, show_default=False)
     ] = None,
     hostfile: HostfileOption = None,
 ) -> None:
@@ -75,7 +75,7 @@ def add(
 
 @app.command("remove")
 def remove(
-    hosts: Annotated[list[str], typer.Argument(metavar="HOST...", help="Names or ranges: gpu2 gpu[5-6].")],
+    hosts: Annotated[list[str], typer.Argument(metavar="HOST", help="Names or ranges: gpu2 gpu[5-6].")],
     hostfile: HostfileOption = None,
 ) -> None:
     """Remove hosts: their lines, or their part of a range."""
@@ -87,16 +87,13 @@ def remove(
 @app.command("set")
 def set_(
     host: Annotated[str, typer.Argument(metavar="HOST", help="A name or a range: gpu[1-4].")],
-    options: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help=_OPTIONS_HELP)],
+    options: Annotated[list[str], typer.Argument(metavar="KEY=VALUE", help=_OPTIONS_HELP)],
     hostfile: HostfileOption = None,
 ) -> None:
     """Change a host's options; KEY= with nothing behind it removes that option."""
     path = _existing(hostfile)
     hostfile_edit.edit_file(path, lambda before: hostfile_edit.set_options(before, host, options))
     typer.echo(f"set {' '.join(options)} for {host} in {path}")
-
-
-# `hosts trust` goes here.
 
 
 def _editable(option: Path | None) -> Path:

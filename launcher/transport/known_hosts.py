@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import paramiko
@@ -36,47 +38,60 @@ def fingerprint(key: paramiko.PKey) -> str:
     return f"{key.get_name()} SHA256:{digest}"
 
 
-def is_revoked(key: paramiko.PKey, target: SshTarget) -> bool:
-    """Is the key marked `@revoked` for this host? (paramiko passes over such lines.)"""
+def _entries(target: SshTarget, marker: str) -> Iterator[HostKeyEntry]:
+    """The lines of the known_hosts files that have this marker ("" or "@revoked") and a key that paramiko knows."""
     for path in target.known_hosts:
         if not Path(path).is_file():
             continue
         for line in Path(path).read_text(errors="replace").splitlines():
-            marker, _, rest = line.partition(" ")
-            entry = HostKeyEntry.from_line(rest.strip()) if marker == "@revoked" else None
-            if entry is None or entry.key is None or entry.key != key:
+            first, _, rest = line.strip().partition(" ")
+            if (first if first.startswith("@") else "") != marker or first.startswith("#"):
                 continue
-            if "*" in (entry.hostnames or []) or _names(entry, target.key_name):
-                return True
+            with contextlib.suppress(paramiko.SSHException):
+                if entry := HostKeyEntry.from_line(rest.strip() if marker else line.strip()):
+                    yield entry
+
+
+def load_known_keys(keys: HostKeys, target: SshTarget) -> None:
+    """Add every known key to `keys`. (paramiko's own reader stops at a line with a marker.)"""
+    for entry in _entries(target, ""):
+        for name in entry.hostnames or []:
+            if entry.key is not None:
+                keys.add(name, entry.key.get_name(), entry.key)
+
+
+def is_revoked(key: paramiko.PKey, target: SshTarget) -> bool:
+    """Is the key marked `@revoked` for this host?"""
+    for entry in _entries(target, "@revoked"):
+        if entry.key != key:
+            continue
+        keys = HostKeys()
+        for name in entry.hostnames or []:
+            keys.add(name, key.get_name(), key)
+        if "*" in (entry.hostnames or []) or keys.lookup(target.key_name):
+            return True
     return False
 
 
-def _names(entry: HostKeyEntry, name: str) -> bool:
-    keys = HostKeys()
-    keys._entries.append(entry)
-    return keys.lookup(name) is not None
-
-
 def fetch_key(host: Host, target: SshTarget, options: ConnectOptions) -> paramiko.PKey:
-    """The key that the host shows now, without logging in."""
-    from dstrain.launcher.transport.ssh import open_stream
+    """The key that the host shows now, without logging in. Raises HostError."""
+    from dstrain.launcher.transport.ssh import open_stream, translated
 
-    transport = paramiko.Transport(open_stream(host, target, options))
-    try:
-        transport.start_client(timeout=options.timeout_s)
-        return transport.get_remote_server_key()
-    finally:
-        transport.close()
+    with translated(host, target, options):
+        transport = paramiko.Transport(open_stream(host, target, options))
+        try:
+            transport.start_client(timeout=options.timeout_s)
+            return transport.get_remote_server_key()
+        finally:
+            transport.close()
 
 
 def known_key(target: SshTarget, kind: str) -> paramiko.PKey | None:
     """The key of this kind that known_hosts already has."""
-    for path in target.known_hosts:
-        if Path(path).is_file():
-            found = HostKeys(path).lookup(target.key_name)
-            if found is not None and kind in found:
-                return found[kind]
-    return None
+    keys = HostKeys()
+    load_known_keys(keys, target)
+    found = keys.lookup(target.key_name)
+    return found.get(kind) if found is not None else None
 
 
 def pin(target: SshTarget, key: paramiko.PKey) -> Path:

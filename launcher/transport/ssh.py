@@ -18,7 +18,13 @@ import paramiko
 
 from dstrain.launcher.hostfile import Host, parse_hosts_expression
 from dstrain.launcher.transport import ConnectOptions
-from dstrain.launcher.transport.known_hosts import RefuseUnknown, UnknownKeyError, fingerprint, is_revoked
+from dstrain.launcher.transport.known_hosts import (
+    RefuseUnknown,
+    UnknownKeyError,
+    fingerprint,
+    is_revoked,
+    load_known_keys,
+)
 from dstrain.launcher.transport.ssh_config import SshTarget, resolve
 from dstrain.runtime.spec.errors import AuthenticationError, HostError, HostKeyError, UnreachableError
 
@@ -83,7 +89,7 @@ def connect_paramiko(host: Host, command: str, options: ConnectOptions) -> Param
             if attempt + 1 == options.attempts:
                 raise
             time.sleep(random.uniform(0.2, 0.6) * 2**attempt)  # jitter: hosts do not come back in step
-    with _translated(host, target, options):
+    with translated(host, target, options):
         transport = client.get_transport()
         assert transport is not None
         transport.set_keepalive(KEEPALIVE_S)
@@ -95,10 +101,8 @@ def connect_paramiko(host: Host, command: str, options: ConnectOptions) -> Param
 def _login(host: Host, target: SshTarget, options: ConnectOptions) -> paramiko.SSHClient:
     client = paramiko.SSHClient()
     client.set_missing_host_key_policy(RefuseUnknown())
-    with _translated(host, target, options):
-        for path in target.known_hosts:
-            if Path(path).is_file():
-                client.load_system_host_keys(path)
+    with translated(host, target, options):
+        load_known_keys(client.get_host_keys(), target)
         stream = open_stream(host, target, options)
         try:
             client.connect(
@@ -181,7 +185,7 @@ def _through_bastion(host: Host, target: SshTarget, options: ConnectOptions) -> 
 
 
 @contextmanager
-def _translated(host: Host, target: SshTarget, options: ConnectOptions) -> Iterator[None]:
+def translated(host: Host, target: SshTarget, options: ConnectOptions) -> Iterator[None]:
     """paramiko's errors as ours: the only place that knows them."""
     name, where = host.name, f"{target.hostname}:{target.port}"
     try:

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from dstrain.launcher.host_ranges import MAX_HOSTS
+from dstrain.launcher.host_grammar import Problem
+from dstrain.launcher.host_ranges import MAX_HOSTS, expand
 from dstrain.launcher.hostfile import Host, load_hostfile, parse_hostfile, parse_hosts_expression
 from dstrain.launcher.hostfile_store import MAX_FILE_BYTES, find_hostfile
 from dstrain.runtime.spec.errors import HostfileError, UsageError
@@ -306,6 +307,8 @@ def test_a_range_bomb_is_refused_at_once():
 
 
 def test_the_limit_holds_for_the_file_and_just_reaches():
+    with pytest.raises(Problem, match=r"10,001 in 'a\[1-10001\]'"):
+        expand("a[1-10001]")
     assert len(hosts_of(f"a[1-{MAX_HOSTS}]")) == MAX_HOSTS
     assert error_of(f"a[1-{MAX_HOSTS}]\nb\nc").startswith("hosts:2:1: expected at most 10,000 hosts")
 

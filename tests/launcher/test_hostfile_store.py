@@ -144,6 +144,14 @@ def test_an_edit_killed_at_any_step_leaves_the_old_file_or_the_new_one(path):
     assert all(after == ["hosts"] for *_, after in outcomes), "and the next one removed it"
 
 
+def test_the_old_file_is_replaced_and_never_written_into(path):
+    """A hard link to the old file keeps the old text: nobody ever reads half of the new one."""
+    os.link(path, path.parent / "kept")
+    add(path)
+    assert path.read_bytes().decode() == NEW
+    assert (path.parent / "kept").read_bytes().decode() == OLD
+
+
 def test_a_full_disk_leaves_the_old_file(path, monkeypatch):
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -113,11 +113,12 @@ def _check_python(request: Request, report: HostReport, torch: str | None) -> It
     if facts.python is None:
         yield ("python", "no such interpreter", "give python=PATH in the hostfile, or --python")
         return
-    needs_torch = request.target.kind != "program"
+    if request.target.kind == "program":
+        return  # what it needs is its own affair
     if preload is None:
         yield ("torch", "importing torch has not ended in time", f"try there: {facts.python} -c 'import torch'")
         return
-    if preload.error and needs_torch:
+    if preload.error:
         yield ("torch", preload.error.strip().splitlines()[-1], f"try there: {facts.python} -c 'import torch'")
         return
     version = preload.python_version
@@ -126,8 +127,6 @@ def _check_python(request: Request, report: HostReport, torch: str | None) -> It
     if preload.missing:
         names = " ".join(preload.missing)
         yield ("dependencies", f"{facts.python} lacks {names}", f"install there: {facts.python} -m pip install {names}")
-    if not needs_torch:
-        return
     if preload.torch_version is None:
         fix = f"install it there ({facts.python} -m pip install torch), or give python=PATH"
         yield ("torch", f"{facts.python} has no torch", fix)

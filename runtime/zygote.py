@@ -32,6 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import get_importer
 
+from dstrain.runtime import finish
 from dstrain.runtime.spec.frames import (
     STACK_SIGNAL,
     STORE_RANK,
@@ -65,7 +66,7 @@ def main(control_fd: int, requirements: list[str]) -> None:
         fork, descriptors = request
         control.close()
         _become_rank(fork, descriptors)
-        run_target(fork.kind, fork.target, fork.arguments)
+        finish.run_and_finish(lambda: run_target(fork.kind, fork.target, fork.arguments))
 
 
 def _preload(requirements: list[str]) -> PreloadFacts:
@@ -208,10 +209,9 @@ def run_target(kind: str, target: str, arguments: list[str]) -> None:
     import runpy
 
     sys.excepthook = _show_without_us
-    gc.unfreeze()
-    namespace = sys.modules["__main__"].__dict__
-    for name in [name for name in namespace if not name.startswith("__")]:
-        del namespace[name]  # what the agent's line of code that started the zygote has left there
+    main_module = types.ModuleType("__main__")  # a fresh one: it can die at the end as an interpreter's does
+    sys.modules["__main__"] = main_module
+    namespace = main_module.__dict__
     sys.argv = [target, *arguments]
     sys.orig_argv = [sys.executable, *(["-m"] if kind == "module" else []), *sys.argv]
     if kind == "module":
@@ -241,5 +241,5 @@ def _show_without_us(kind: type[BaseException], error: BaseException, trace: typ
     sys.__excepthook__(kind, shown, shown.__traceback__)
 
 
-_OUR_FILES = {__file__, "<string>", "<frozen runpy>"}
+_OUR_FILES = {__file__, finish.__file__, "<string>", "<frozen runpy>"}
 

@@ -73,6 +73,7 @@ class Agent:
         self.zygote: Zygote | None = None
         self.store_pid: int | None = None
         self.listeners: dict[str, socket.socket] = {}
+        self.waiting_store: tuple[str, int, socket.socket] | None = None
         self.workers: dict[int, Worker] = {}
         self.watches: dict[int, watch.Watch] = {}
         self.attempt = -1
@@ -223,6 +224,11 @@ class Agent:
             return  # SIGCHLD follows and says how it ended
         for facts in handle_zygote(messages, self._rank_forked, self._rank_ended):
             self.tell(facts)
+            if not self.all_ended_told and facts.torch_version is None:
+                self.tell(frames.AgentFailed(f"a rank calls the store, but {self._python()} has no torch to hold it"))
+
+    def _python(self) -> str:
+        return (self.facts.python if self.facts else None) or "python3"
 
     def _on_zygote_log(self, fd: int) -> None:
         if self.zygote is None or not self.zygote.read_log():
@@ -289,9 +295,9 @@ class Agent:
         paths = [self.package_root, self.environment.get("PYTHONPATH", "")]
         self.environment["PYTHONPATH"] = ":".join(path for path in paths if path)
         self.tell(facts)
-        if facts.python and facts.cwd:
+        if message.kind != "program" and facts.python and facts.cwd:
             self._start_zygote(message, facts.python, facts.cwd)
-        else:
+        else:  # a program may need no torch at all: see _on_store_asked
             self.tell(frames.PreloadFacts(None, None))
 
     def _start_zygote(self, message: frames.Prepare, python: str, cwd: str) -> None:
@@ -345,15 +351,35 @@ class Agent:
         self._forget_attempt()
         self.attempt, self.all_ended_told, self.kill_at = message.attempt, False, None
         self.oom_baseline = oom_kills()
-        if message.serve_store and self.zygote:
-            listener = self.listeners.pop(message.master_address)
-            self.selector.unregister(listener.fileno())
-            rendezvous.answer(listener, self.token)
-            self.zygote.hold_store(message.master_address, message.master_port, listener)
+        if message.serve_store:
+            self._serve_store(message)
         self._close_listeners()
         for spec in message.processes:
             spec.environment.update(message.environment)
             self._start_rank(spec)
+
+    def _serve_store(self, message: frames.Start) -> None:
+        """Hand the socket that was dialled to the store's process; for a program, once somebody really calls."""
+        listener = self.listeners.pop(message.master_address)
+        self.selector.unregister(listener.fileno())
+        rendezvous.answer(listener, self.token)
+        if self.zygote:
+            self.zygote.hold_store(message.master_address, message.master_port, listener)
+            return
+        self.waiting_store = (message.master_address, message.master_port, listener)
+        self._on(listener.fileno(), self._on_store_asked)
+
+    def _on_store_asked(self, fd: int) -> None:
+        """A program's rank calls the store: now torch is worth its import. The caller waits in the socket's queue."""
+        self.selector.unregister(fd)
+        assert self.waiting_store is not None
+        assert self.prepare is not None
+        assert self.facts is not None
+        address, port, listener = self.waiting_store
+        self.waiting_store = None
+        self._start_zygote(self.prepare, self._python(), self.prepare.cwd)
+        if self.zygote:
+            self.zygote.hold_store(address, port, listener)
 
     def _start_rank(self, spec: frames.ProcessSpec) -> None:
         assert self.prepare is not None
@@ -464,6 +490,10 @@ class Agent:
         self.store_pid = None
 
     def _forget_attempt(self) -> None:
+        if self.waiting_store:
+            self.selector.unregister(self.waiting_store[2].fileno())
+            self.waiting_store[2].close()
+            self.waiting_store = None
         for worker in self.workers.values():
             for fd in list(worker.pipes):
                 self._close_pipe(worker, fd)

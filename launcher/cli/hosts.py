@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from dstrain.launcher import hostfile_edit
-from dstrain.launcher.hostfile import Host, load_hostfile
-from dstrain.launcher.hostfile_store import DEFAULT_HOSTFILE, find_hostfile
 from dstrain.runtime.spec.errors import UsageError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # each command imports what it needs, so that `dstrain --help` answers at once
+    from dstrain.launcher.hostfile import Host
     from rich.table import Table
 
 app = typer.Typer(help="List and edit the hosts of a hostfile.", no_args_is_help=True)
@@ -42,6 +40,8 @@ def list_hosts(
     A table on a terminal. In a pipe one line a host, without a heading, with tabs between
     name, slots, user, port, addr, python, key, gpus and transport; "-" is unset.
     """
+    from dstrain.launcher.hostfile import load_hostfile
+
     hosts = load_hostfile(_existing(hostfile)).hosts
     if json:
         from json import dumps
@@ -67,6 +67,8 @@ def add(
     hostfile: HostfileOption = None,
 ) -> None:
     """Append a host (or a range of them); creates the hostfile if there is none."""
+    from dstrain.launcher import hostfile_edit
+
     path = _editable(hostfile)
     words = [host, *(options or [])]
     hostfile_edit.edit_file(path, lambda before: hostfile_edit.add_host(before, words), create=True)
@@ -79,6 +81,8 @@ def remove(
     hostfile: HostfileOption = None,
 ) -> None:
     """Remove hosts: their lines, or their part of a range."""
+    from dstrain.launcher import hostfile_edit
+
     path = _existing(hostfile)
     hostfile_edit.edit_file(path, lambda before: hostfile_edit.remove_hosts(before, hosts))
     typer.echo(f"removed {' '.join(hosts)} from {path}")
@@ -91,17 +95,23 @@ def set_(
     hostfile: HostfileOption = None,
 ) -> None:
     """Change a host's options; KEY= with nothing behind it removes that option."""
+    from dstrain.launcher import hostfile_edit
+
     path = _existing(hostfile)
     hostfile_edit.edit_file(path, lambda before: hostfile_edit.set_options(before, host, options))
     typer.echo(f"set {' '.join(options)} for {host} in {path}")
 
 
 def _editable(option: Path | None) -> Path:
+    from dstrain.launcher.hostfile_store import DEFAULT_HOSTFILE, find_hostfile
+
     return find_hostfile(option, os.environ) or DEFAULT_HOSTFILE
 
 
 def _existing(option: Path | None) -> Path:
     """The hostfile to read. Raises UsageError when none is named and there is no ./hostfile."""
+    from dstrain.launcher.hostfile_store import DEFAULT_HOSTFILE, find_hostfile
+
     path = find_hostfile(option, os.environ)
     if path is None:
         fix = "name one with -H, or create it with `dstrain hosts add HOST`"

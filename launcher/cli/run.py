@@ -8,9 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from dstrain.launcher.request import RunOptions, build_request
-from dstrain.runtime.spec.errors import UsageError
-
 _TARGET_ENDING = {"-m": "module", "--module": "module", "--no-python": "program"}
 
 
@@ -96,6 +93,7 @@ def run(
     """
     from dstrain.launcher import foreground
     from dstrain.launcher.console import ConsoleOptions
+    from dstrain.launcher.request import RunOptions, build_request
 
     kind, rest = ctx.meta["dstrain.target"]
     options = RunOptions(
@@ -127,5 +125,3 @@ def run(
     base = run_dir or Path("runs")
     raise typer.Exit(foreground.run(request, program, shown, base, foreground.run_name(name or job_name)))
 
-
-__all__ = ["RunCommand", "UsageError", "run", "split_target"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dstrain.launcher.hostfile import Host, load_hostfile, parse_hosts_expression
-from dstrain.launcher.hostfile_store import find_hostfile
 from dstrain.runtime.spec.errors import HostError, HostKeyError, UsageError
+
+if TYPE_CHECKING:
+    from dstrain.launcher.hostfile import Host
 
 
 def trust(
@@ -36,6 +37,9 @@ def trust(
 
 def chosen_hosts(names: list[str] | None, hostfile: Path | None) -> list[Host]:
     """The named hosts as the hostfile describes them, or by themselves where it does not; else all of it."""
+    from dstrain.launcher.hostfile import load_hostfile, parse_hosts_expression
+    from dstrain.launcher.hostfile_store import find_hostfile
+
     path = find_hostfile(hostfile, os.environ)
     known = load_hostfile(path).hosts if path else ()
     if not names:

@@ -1,7 +1,8 @@
 """The configuration of one job: frozen, complete, and every key does something.
 
-`dstrain.runtime.spec.load` makes it from a job.yaml; the launcher hands its JSON to the workers. Each component gets
-only its own section. Rules between keys live in `_contradictions`, rules of one key at its field.
+`dstrain.runtime.spec.load` makes it from a job.yaml; the launcher hands its JSON to the workers. Each
+component gets only its own section. Rules of one key stand at its field, those between keys in
+`_contradictions`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
 from dstrain.runtime.spec.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 BYTE_VALUES = 256
 """Tokens of the format `bytes`: each byte of the corpus is one token."""
@@ -52,27 +52,32 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where and how the workers start; the launcher reads it, the runtime does not."""
 
-    hostfile: Path | None = Field(None, description="File of hosts; without it and `hosts`, this machine.")
-    hosts: str | None = Field(None, description="Hosts in place of a file, such as 'a:4,gpu[1-3]:8'.")
+    hostfile: Path | None = Field(
+        default=None, description="File of hosts; without it and `hosts`, this machine."
+    )
+    hosts: str | None = Field(default=None, description="Hosts in place of a file, such as 'a:4,gpu[1-3]:8'.")
     nproc_per_node: Count | Literal["auto"] | None = Field(
-        None, description="Ranks on each host; 'auto': one per GPU. By default what the hosts' slots say."
+        default=None,
+        description="Ranks on each host; 'auto': one per GPU. By default what the hosts' slots say.",
     )
     env: dict[str, str] = Field(default_factory=dict, description="Environment of every worker, set last.")
     pass_env: tuple[str, ...] = Field(
-        (), description="Patterns of the caller's variables to pass on: 'NCCL_*'."
+        default=(), description="Patterns of the caller's variables to pass on: 'NCCL_*'."
     )
     cwd: Path | None = Field(
-        None, description="Working directory on every host; by default the same path as here."
+        default=None, description="Working directory on every host; by default the same path as here."
     )
-    python: str | None = Field(None, description="Interpreter on every host; by default the one of the host.")
+    python: str | None = Field(
+        default=None, description="Interpreter on every host; by default the one of the host."
+    )
     prologue: str | None = Field(
-        None, description="Shell line to run before a host's workers: 'module load cuda'."
+        default=None, description="Shell line to run before a host's workers: 'module load cuda'."
     )
     max_restarts: NonNegativeCount = Field(
-        0, description="Attempts after the first. None by default: nothing resumes unless asked to."
+        default=0, description="Attempts after the first. None by default: nothing resumes unless asked to."
     )
     grace_s: Positive = Field(
-        10.0, description="Seconds from SIGTERM to SIGKILL; 10 lets a rank write its last lines."
+        default=10.0, description="Seconds from SIGTERM to SIGKILL; 10 lets a rank write its last lines."
     )
 
 
@@ -83,7 +88,7 @@ class GPTConfig(Section):
     width: Count = Field(description="Features of the residual stream; a multiple of `heads`.")
     heads: Count = Field(description="Attention heads.")
     context: Count = Field(description="Longest sequence in tokens; one learned position each.")
-    vocabulary: Count = Field(BYTE_VALUES, description="Tokens known; 256 are the values of a byte.")
+    vocabulary: Count = Field(default=BYTE_VALUES, description="Tokens known; 256 are the values of a byte.")
 
 
 class ModelConfig(Section):
@@ -96,21 +101,21 @@ class DataConfig(Section):
     """What the model reads."""
 
     path: Path | None = Field(
-        None,
-        description="File, or folder read in sorted order. By default the Python standard library's source: real "
-        "text that is on every host.",
+        default=None,
+        description="File, or folder read in sorted order. By default the Python standard library's source: "
+        "real text that is on every host.",
     )
     format: Literal["bytes"] = Field(
-        "bytes", description="How the corpus becomes tokens: one byte, one token."
+        default="bytes", description="How the corpus becomes tokens: one byte, one token."
     )
     sequence_length: Count | None = Field(
-        None, description="Tokens of one sample; by default the model's whole context."
+        default=None, description="Tokens of one sample; by default the model's whole context."
     )
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.05,
+        default=0.05,
         description="Share of the corpus held out; 0.05 of a few megabytes measures the loss to about 0.01.",
     )
-    seed: NonNegativeCount = Field(0, description="Order of the samples.")
+    seed: NonNegativeCount = Field(default=0, description="Order of the samples.")
 
 
 class BatchConfig(Section):
@@ -128,8 +133,8 @@ class BatchConfig(Section):
         if self.global_ % together:
             nearest = max(1, round(self.global_ / together)) * together
             raise ConfigError(
-                f"batch.global: expected a multiple of batch.micro × data ranks = {self.micro} × {data_ranks} = "
-                f"{together}, found {self.global_}; {nearest} would be the nearest"
+                f"batch.global: expected a multiple of batch.micro × data ranks = {self.micro} × "
+                f"{data_ranks} = {together}, found {self.global_}; the nearest is {nearest}"
             )
         return self.global_ // together
 
@@ -137,41 +142,45 @@ class BatchConfig(Section):
 class ZeroConfig(Section):
     """How the training state is spread over the data ranks."""
 
-    stage: Literal[0] = Field(0, description="0: every rank holds everything, gradients are all-reduced.")
+    stage: Literal[0] = Field(
+        default=0, description="0: every rank holds everything, gradients are all-reduced."
+    )
     bucket_elements: Count = Field(
-        1 << 20,
-        description="Gradient elements of one all-reduce: small enough to start early in the backward, large enough "
-        "to hide a collective's latency. 1 Mi is 4 MiB of fp32.",
+        default=1 << 20,
+        description="Gradient elements of one all-reduce: small enough to start early in the backward, large "
+        "enough to hide a collective's latency. 1 Mi is 4 MiB of fp32.",
     )
 
 
 class PrecisionConfig(Section):
     """Number formats."""
 
-    dtype: Literal["fp32"] = Field("fp32", description="Parameters, activations, gradients.")
+    dtype: Literal["fp32"] = Field(default="fp32", description="Parameters, activations, gradients.")
 
 
 class OptimizerConfig(Section):
-    """The optimizer; defaults are those usual for transformers (Loshchilov and Hutter 2019; Brown et al. 2020)."""
+    """The optimizer; defaults usual for transformers (Loshchilov and Hutter 2019, Brown et al. 2020)."""
 
-    name: Literal["adamw"] = Field("adamw", description="AdamW, fused.")
+    name: Literal["adamw"] = Field(default="adamw", description="AdamW, fused.")
     lr: Positive = Field(
-        1e-3, description="Peak learning rate; 1e-3 suits models of a few million parameters."
+        default=1e-3, description="Peak learning rate; 1e-3 suits models of a few million parameters."
     )
     betas: tuple[MomentDecay, MomentDecay] = Field(
-        (0.9, 0.95), description="Decay of the two moments; 0.95 recovers faster than 0.999 from a bad batch."
+        default=(0.9, 0.95),
+        description="Decay of the two moments; 0.95 recovers faster than 0.999 from a bad batch.",
     )
-    eps: Positive = Field(1e-8, description="Added to the denominator.")
-    weight_decay: NonNegative = Field(0.1, description="Decoupled decay per unit of learning rate.")
+    eps: Positive = Field(default=1e-8, description="Added to the denominator.")
+    weight_decay: NonNegative = Field(default=0.1, description="Decoupled decay per unit of learning rate.")
 
 
 class ScheduleConfig(Section):
     """The learning rate over the steps."""
 
-    name: Literal["cosine", "constant"] = Field("cosine", description="Shape after the warm-up.")
-    warmup_steps: NonNegativeCount = Field(0, description="Steps of linear rise from 0 to the peak.")
+    name: Literal["cosine", "constant"] = Field(default="cosine", description="Shape after the warm-up.")
+    warmup_steps: NonNegativeCount = Field(default=0, description="Steps of linear rise from 0 to the peak.")
     minimum_ratio: Fraction | None = Field(
-        None, description="Last learning rate ÷ peak, of `cosine`; by default 0.1 (Hoffmann et al. 2022)."
+        default=None,
+        description="Last learning rate ÷ peak, of `cosine`; by default 0.1 (Hoffmann et al. 2022).",
     )
 
 
@@ -180,43 +189,44 @@ class TrainConfig(Section):
 
     steps: Count = Field(description="Optimizer steps.")
     clip: Positive | None = Field(
-        1.0,
-        description="Largest global L2 norm of the gradient; null never clips. 1.0 is usual for transformers.",
+        default=1.0,
+        description="Largest global L2 norm of the gradient; null never clips. 1.0 is usual.",
     )
     eval_every: Count | None = Field(
-        None, description="Steps between validations; by default only at the end."
+        default=None, description="Steps between validations; by default only at the end."
     )
     eval_samples: Count = Field(
-        256, description="Validation samples, evenly spaced over the held-out part; always the same ones."
+        default=256,
+        description="Validation samples, evenly spaced over the held-out part; always the same ones.",
     )
     seed: NonNegativeCount = Field(
-        0, description="Initial parameters and everything random but the data's order."
+        default=0, description="Initial parameters and everything random but the data's order."
     )
     sample_bytes: NonNegativeCount = Field(
-        200, description="Bytes of text to generate at the end; 0 for none."
+        default=200, description="Bytes of text to generate at the end; 0 for none."
     )
 
 
 class LogConfig(Section):
     """What the console gets."""
 
-    every: Count = Field(10, description="Steps between two progress lines.")
+    every: Count = Field(default=10, description="Steps between two progress lines.")
 
 
 class JobConfig(Section):
     """One job. Raises pydantic's ValidationError; `load_job` turns that into one line per mistake."""
 
-    name: str = Field("job", min_length=1, description="Shown in listings and part of the run's id.")
-    run: RunConfig = Field(default_factory=RunConfig, description=RunConfig.__doc__)
+    name: str = Field(default="job", min_length=1, description="Shown in listings and part of the run's id.")
+    run: RunConfig = Field(default=RunConfig(), description=RunConfig.__doc__)
     model: ModelConfig = Field(description=ModelConfig.__doc__)
-    data: DataConfig = Field(default_factory=DataConfig, description=DataConfig.__doc__)
+    data: DataConfig = Field(default=DataConfig(), description=DataConfig.__doc__)
     batch: BatchConfig = Field(description=BatchConfig.__doc__)
-    zero: ZeroConfig = Field(default_factory=ZeroConfig, description=ZeroConfig.__doc__)
-    precision: PrecisionConfig = Field(default_factory=PrecisionConfig, description=PrecisionConfig.__doc__)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description=OptimizerConfig.__doc__)
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description=ScheduleConfig.__doc__)
+    zero: ZeroConfig = Field(default=ZeroConfig(), description=ZeroConfig.__doc__)
+    precision: PrecisionConfig = Field(default=PrecisionConfig(), description=PrecisionConfig.__doc__)
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description=OptimizerConfig.__doc__)
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description=ScheduleConfig.__doc__)
     train: TrainConfig = Field(description=TrainConfig.__doc__)
-    log: LogConfig = Field(default_factory=LogConfig, description=LogConfig.__doc__)
+    log: LogConfig = Field(default=LogConfig(), description=LogConfig.__doc__)
 
     @property
     def sequence_length(self) -> int:

@@ -1,7 +1,7 @@
 """YAML as plain values, with the place of every key: what the strict loader reads from.
 
-The YAML is that of version 1.2's core schema, which holds no surprises: `1e-3` is a number, `no` is text, `010` is
-ten, a date is text. A key that stands twice is an error, and so are aliases, which would give one value two places.
+The YAML is that of version 1.2's core schema, which holds no surprises: `1e-3` is a number, `no` is text,
+`010` is ten, a date is text. A key that stands twice is an error, and so are aliases: one value, one place.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
         case "int":
             return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
         case "float":
-            return float(text.replace(".inf", "inf").replace(".nan", "nan") if text[-1].isalpha() else text)
+            return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
         case _:
             return str(text)
 
@@ -107,8 +107,11 @@ class Document:
             self.problems.append(Problem(at, "", "expected key.path=value"))
             return
         node = self._compose(text, at)
-        inner = self.values if isinstance(self.values, dict) else {}
-        self.values = inner
+        if self.values is None:
+            self.values = {}
+        if not isinstance(self.values, dict):
+            return  # said once, of the whole file
+        inner = self.values
         for depth, key in enumerate(keys[:-1], start=1):
             if inner.get(key) is None:
                 inner[key] = {}
@@ -142,7 +145,8 @@ class Document:
         try:
             for event in yaml.parse(text, _CoreLoader):
                 if isinstance(event, yaml.AliasEvent):
-                    raise yaml.MarkedYAMLError(None, None, f"the alias *{event.anchor}", event.start_mark)
+                    mark = event.start_mark
+                    raise yaml.MarkedYAMLError(None, None, f"the alias *{event.anchor}", mark)  # type: ignore[arg-type] # the stub names both marks
             node: yaml.Node | None = yaml.compose(text, _CoreLoader)
             return node
         except yaml.MarkedYAMLError as error:

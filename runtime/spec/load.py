@@ -1,4 +1,4 @@
-"""Reads a job.yaml strictly: every mistake in one go, each with its place, what was expected and what was found."""
+"""Reads a job.yaml strictly: every mistake in one go, with its place, what was expected and what found."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
-
 from dstrain.runtime.spec.config import Contradictions, JobConfig
 from dstrain.runtime.spec.document import Document, KeyPath, show
 from dstrain.runtime.spec.errors import ConfigError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
     """The job in the file `path`, with `overrides` (each `key.path=value`, the value as YAML) put over it.
 
-    Raises ConfigError with one line per mistake: `file:line:column: key.path: expected …, found …; did you mean …`.
-    Rules between keys are looked at once every key alone is right.
+    Raises ConfigError, a line per mistake: `file:line:column: key.path: expected …, found …; did you mean …`.
+    An override's place is `--set …`. Rules between keys are looked at once every key alone is right.
     """
     document = Document(str(path))
     try:
@@ -29,6 +28,8 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
         raise ConfigError(f"{path}: expected a readable job file, found: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected text in UTF-8, found byte {error.start} that is not") from None
+    if document.problems and document.values is None:
+        raise ConfigError(str(document.problems[0]))
     for override in overrides:
         document.override(override)
     job = _validated(document)
@@ -38,7 +39,7 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
 
 
 def load_resolved(path: Path) -> JobConfig:
-    """The job that a launcher has resolved and stored as JSON (`JobConfig.model_dump_json(by_alias=True)`)."""
+    """The job that a launcher has resolved and stored: `JobConfig.model_dump_json(by_alias=True)`."""
     try:
         return JobConfig.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -64,7 +65,7 @@ def _validated(document: Document) -> JobConfig | None:
 
 
 def _messages(errors: Sequence[ErrorDetails], values: Mapping[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Our messages for pydantic's. Where a key may be this or that, pydantic has one error for each: we have one."""
+    """Our messages for pydantic's, which has several for a key that may be this or that: we have one."""
     alternatives: dict[KeyPath, tuple[list[str], str]] = {}
     for error in errors:
         path, found = _locate(error, values)
@@ -89,9 +90,9 @@ def _locate(error: ErrorDetails, values: Mapping[str, Any]) -> tuple[KeyPath, st
     path: KeyPath = ()
     value: Any = values
     for part in error["loc"]:
-        if isinstance(value, dict) and part in value:
-            path, value = (*path, part), value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+        if part in (
+            value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        ):
             path, value = (*path, part), value[part]
     if error["type"] == "missing":
         return (*path, error["loc"][-1]), "none"

@@ -1,0 +1,56 @@
+"""What all benchmarks share: timing whole commands, and reporting medians with their spread."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+
+@dataclass
+class Series:
+    """Seconds of one contender, round by round."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def timed(
+    series: Series, command: Sequence[object], folder: Path, environment: dict[str, str] | None = None, stdout: int = subprocess.DEVNULL
+) -> None:
+    """Run one command to its end and note its seconds; an error ends the benchmark."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [str(word) for word in command], cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+    series.seconds.append(time.perf_counter() - start)
+    if done.returncode != 0:
+        raise SystemExit(f"{series.name}: exit {done.returncode}\n{done.stderr[-2000:]}")
+
+
+def describe() -> None:
+    """Commit, machine and versions: what a figure is worth nothing without."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    print(f"commit {commit.stdout.strip()}, {os.cpu_count()} x {model}, Linux {platform.release()}")
+    print(f"python {platform.python_version()}, torch {version('torch')}, paramiko {version('paramiko')}")
+
+
+def report(ours: Series, theirs: Series) -> None:
+    """Both medians with quartiles, and the ratio round by round."""
+    for series in (ours, theirs):
+        low, _, high = statistics.quantiles(series.seconds, n=4)
+        print(f"{series.name:36} median {series.median:.3f} s   quartiles {low:.3f} to {high:.3f}   rounds {len(series.seconds)}")
+    ratios = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(f"{'ratio':36} median {statistics.median(ratios):.3f}     quartiles {low:.3f} to {high:.3f}")

@@ -1,0 +1,126 @@
+"""Communication between ranks: the only module that calls torch.distributed.
+
+Gloo on CPU, NCCL on CUDA, behind one small class. A single process without torchrun's environment needs no
+process group: its collectives are the identity. Every wait ends after `TIMEOUT`.
+
+Only calls that torch 2.11 and 2.13 spell alike are used here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from dstrain.runtime.spec.errors import UsageError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""The longest that a rank waits for the others; a large model's slowest rank may start minutes late."""
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Return once the result may be used. RuntimeError when a rank has gone or `TIMEOUT` is over."""
+
+
+class _Done:
+    def wait(self) -> None:
+        return None
+
+
+class Communicator:
+    """The ranks of one job, seen from one of them.
+
+    rank, world_size, local_rank: as torchrun defines them. device: where this rank's tensors live.
+    traffic_bytes: what this rank has sent in collectives on tensors since `take_traffic` was last called, by
+    the formula of a ring: an all-reduce of S bytes over N ranks sends 2·S·(N−1)/N.
+    """
+
+    def __init__(self, rank: int, world_size: int, local_rank: int, device: torch.device) -> None:
+        self.rank, self.world_size, self.local_rank, self.device = rank, world_size, local_rank, device
+        self.traffic_bytes = 0
+
+    @classmethod
+    @contextlib.contextmanager
+    def connect(cls, environ: Mapping[str, str] = os.environ) -> Iterator[Communicator]:
+        """Join the other ranks by torchrun's environment, and leave them at the end.
+
+        Without RANK in the environment this process is the only rank. A rank that leaves by an exception does
+        not wait for the others; they notice the closed connections.
+        """
+        local_rank = int(environ.get("LOCAL_RANK", "0"))
+        device = _device_of(local_rank)
+        if "RANK" not in environ:
+            yield cls(0, 1, local_rank, device)
+            return
+        on_cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo", timeout=TIMEOUT, device_id=device if on_cuda else None
+        )
+        try:
+            comm = cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
+            yield comm
+            comm.barrier()
+        finally:
+            dist.destroy_process_group()
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum `tensor` over all ranks, in place."""
+        self.start_all_reduce(tensor).wait()
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Pending:
+        """Start to sum `tensor` over all ranks, in place; it may be used after `wait()`.
+
+        All ranks start their collectives in the same order.
+        """
+        if self.world_size == 1:
+            return _Done()
+        self.traffic_bytes += 2 * tensor.nbytes * (self.world_size - 1) // self.world_size
+        work: Pending = dist.all_reduce(tensor, async_op=True)
+        return work
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Replace `tensor` by rank 0's, in place."""
+        if self.world_size > 1:
+            self.traffic_bytes += tensor.nbytes * (self.world_size - 1) // self.world_size
+            dist.broadcast(tensor, src=0)
+
+    def all_gather_object(self, item: T) -> list[T]:
+        """Each rank's `item`, in the order of ranks. For small things such as a hash: it is pickled."""
+        if self.world_size == 1:
+            return [item]
+        items: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(items, item)
+        return [each for each in items if each is not None]
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.all_reduce(torch.zeros(1, device=self.device))
+
+    def take_traffic(self) -> int:
+        """The bytes sent since the last call."""
+        taken, self.traffic_bytes = self.traffic_bytes, 0
+        return taken
+
+
+def _device_of(local_rank: int) -> torch.device:
+    """The GPU of this local rank, or the CPU on a host without one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UsageError(
+            f"local rank {local_rank}: expected one GPU for each rank, found {count} on this host; "
+            f"start at most {count} ranks here, or empty CUDA_VISIBLE_DEVICES to train on the CPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

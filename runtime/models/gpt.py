@@ -1,0 +1,97 @@
+"""A decoder-only transformer: pre-norm, causal attention, learned positions, head tied to the embedding.
+
+Radford et al. 2019 (GPT-2), without dropout.
+"""
+
+from __future__ import annotations
+
+import torch
+from dstrain.runtime.spec.config import GPTConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_INITIAL_STD = 0.02
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, width) -> the same shape."""
+        split = self.query_key_value(x).unflatten(
+            -1, (3, self.heads, -1)
+        )  # batch, time, 3, heads, head width
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        merged: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
+        return merged
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, width) -> the same shape."""
+        x = x + self.attention(self.attention_norm(x))
+        mlp: Tensor = self.mlp(self.mlp_norm(x))
+        return x + mlp
+
+
+class GPT(nn.Module):
+    """Tokens to the logits of the next token."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.context = config.context
+        self.token = nn.Embedding(config.vocabulary, config.width)
+        self.position = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.head.weight = self.token.weight
+        self._initialise(config.layers)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, time) int64, time ≤ context -> logits, (batch, time, vocabulary)."""
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, tokens: int, temperature: float, generator: torch.Generator) -> Tensor:
+        """Continue `prompt`, (time,) int64, by `tokens` tokens drawn with `generator`. Both, on the CPU."""
+        text = prompt.cpu()
+        for _ in range(tokens):
+            logits = self(text[-self.context :].to(prompt.device).unsqueeze(0))[0, -1]
+            chances = torch.softmax(logits.float().cpu() / temperature, dim=-1)
+            text = torch.cat([text, torch.multinomial(chances, 1, generator=generator)])
+        return text
+
+    @torch.no_grad()
+    def _initialise(self, layers: int) -> None:
+        """Normal weights; those that write to the residual stream are smaller, by the number of writers."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                continue
+            writes_residual = name.endswith(("attention.out.weight", "mlp.2.weight"))
+            parameter.normal_(0.0, _INITIAL_STD / (2 * layers) ** 0.5 if writes_residual else _INITIAL_STD)
+
+
+def next_token_loss(logits: Tensor, samples: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits (batch, time, vocabulary) for samples (batch, time + 1)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), samples[:, 1:].flatten())

@@ -1,0 +1,110 @@
+"""Real Gloo ranks: forked from the test process, which has imported torch once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import connection
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)  # the ranks share the cores; and a forked process must not inherit a pool of threads
+
+RunRanks = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def run_ranks(monkeypatch: pytest.MonkeyPatch) -> RunRanks:
+    """`run_ranks(n, work)` calls `work(rank)` in n processes with torchrun's environment; returns their results.
+
+    Fails with the tracebacks of the ranks that raised, or after `timeout_s`; no rank outlives the call.
+    """
+
+    def run(ranks: int, work: Callable[[int], Any], timeout_s: float = 40.0) -> list[Any]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        for name, value in {
+            "WORLD_SIZE": ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": True,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        store = dist.TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listener.detach(),
+        )
+        try:
+            return _results(ranks, work, time.monotonic() + timeout_s)
+        finally:
+            del store
+
+    return run
+
+
+def _results(ranks: int, work: Callable[[int], Any], deadline: float) -> list[Any]:
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    children = [
+        context.Process(target=_be_rank, args=(rank, work, pipes[rank][1]), daemon=True)
+        for rank in range(ranks)
+    ]
+    replies: dict[int, tuple[bool, Any]] = {}
+    try:
+        with (
+            warnings.catch_warnings()
+        ):  # Python 3.12 warns of a fork beside threads; ours only serves the store
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            for child in children:
+                child.start()
+        for _, writer in pipes:
+            writer.close()
+        waiting = {reader: rank for rank, (reader, _) in enumerate(pipes)}
+        while waiting:
+            ready = connection.wait(list(waiting), deadline - time.monotonic())
+            if not ready:
+                pytest.fail(f"ranks {sorted(waiting.values())} still run at the deadline; others: {replies}")
+            for reader in ready:
+                assert isinstance(reader, connection.Connection)
+                replies[waiting.pop(reader)] = _reply(reader)
+    finally:
+        for child in children:
+            if child.pid is not None:
+                if waiting:
+                    child.kill()
+                child.join(timeout=20)
+    if raised := {rank: text for rank, (ok, text) in replies.items() if not ok}:
+        pytest.fail("\n".join(f"rank {rank}: {text}" for rank, text in sorted(raised.items())))
+    return [replies[rank][1] for rank in range(ranks)]
+
+
+def _reply(reader: connection.Connection) -> tuple[bool, Any]:
+    try:
+        ok, value = pickle.loads(reader.recv_bytes())
+    except EOFError:
+        return False, "ended without a result"
+    return ok, value
+
+
+def _be_rank(rank: int, work: Callable[[int], Any], writer: connection.Connection) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    try:
+        reply = (True, work(rank))
+    except BaseException:
+        reply = (False, traceback.format_exc())
+    writer.send_bytes(pickle.dumps(reply))
+    writer.close()

@@ -1,0 +1,307 @@
+"""The engine against torch's DDP, against one process, and against ranks that disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from dstrain.runtime.comm import Communicator, Pending
+from dstrain.runtime.engine import DataParallelEngine, EngineConfig, StepResult
+from dstrain.runtime.models.gpt import GPT, next_token_loss
+from dstrain.runtime.spec.config import GPTConfig, OptimizerConfig
+from dstrain.runtime.spec.errors import NonFiniteError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+RunRanks = Callable[..., list[Any]]
+
+MODEL = GPTConfig(layers=2, width=32, heads=4, context=16)
+OPTIMIZER = OptimizerConfig(lr=1e-3, eps=1e-6)
+LR = 1e-3
+CLIP = 0.5  # below the norms of these models: every step clips
+GLOBAL = 12
+STEPS = 5
+
+# Two sums of the same float32 numbers in another order differ by some 1e-7 of their size. Adam divides a gradient by
+# its own size, so a parameter moves by up to LR a step, in which such a difference shows as 1e-7·|g|/eps ≤ 1e-2·LR
+# at the gradients of at least 1e-5 that matter here.
+SAME_LOSS = {"rtol": 0.0, "atol": 1e-5}
+SAME_GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
+SAME_PARAMETER = {"rtol": 0.0, "atol": STEPS * LR * 1e-2}
+
+
+def single() -> Communicator:
+    return Communicator(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def gpt(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    return GPT(MODEL)
+
+
+def engine_of(
+    model: nn.Module, comm: Communicator, bucket_elements: int = 5000, clip: float | None = CLIP
+) -> DataParallelEngine:
+    return DataParallelEngine(model, comm, EngineConfig(OPTIMIZER, bucket_elements, clip))
+
+
+def batch(step: int) -> Tensor:
+    """The global batch of a step: the same on every rank."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randint(256, (GLOBAL, MODEL.context + 1), generator=generator)
+
+
+def train(engine: DataParallelEngine, comm: Communicator, micro: int, steps: int = STEPS) -> list[StepResult]:
+    results = []
+    for step in range(steps):
+        mine = batch(step)[comm.rank :: comm.world_size]
+        pieces = mine.split(micro)  # type: ignore[no-untyped-call]
+        for index, piece in enumerate(pieces):
+            loss = next_token_loss(engine.model(piece[:, :-1]), piece)
+            engine.backward(loss, piece[:, 1:].numel(), last=index == len(pieces) - 1)
+        results.append(engine.step(LR))
+    return results
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+class recorded_gradients:
+    """The gradients that optimizers in this block are given, one dictionary by parameter name for each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.steps: list[dict[str, Tensor]] = []
+
+    def __enter__(self) -> list[dict[str, Tensor]]:
+        self._handle = register_optimizer_step_pre_hook(self._record)
+        return self.steps
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _record(self, *_: object) -> None:
+        named = self._model.named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: dict[str, float]) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(
+            found[name], expected[name], **tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def ddp_training(model: nn.Module, comm: Communicator) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step by torch's DDP."""
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=LR,
+        betas=OPTIMIZER.betas,
+        eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+    )
+    results = []
+    for step in range(STEPS):
+        mine = batch(step)[comm.rank :: comm.world_size]
+        loss = next_token_loss(ddp(mine[:, :-1]), mine)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach()
+        comm.all_reduce(mean)
+        results.append((mean.item() / comm.world_size, norm.item()))
+    return results
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_equals_ddp(run_ranks: RunRanks, ranks: int) -> None:
+    def work(rank: int) -> None:
+        with Communicator.connect() as comm:
+            ours, theirs = gpt(seed=rank), gpt(seed=rank)  # rank 0's parameters win in both
+            with recorded_gradients(ours) as our_gradients:
+                our_results = train(engine_of(ours, comm), comm, micro=GLOBAL)
+            with recorded_gradients(theirs) as their_gradients:
+                their_results = ddp_training(theirs, comm)
+            for result, (loss, norm) in zip(our_results, their_results, strict=True):
+                assert result.loss == pytest.approx(loss, abs=1e-5)
+                assert result.grad_norm == pytest.approx(norm, rel=1e-4)
+                assert result.grad_norm > CLIP
+            assert len(our_gradients) == len(their_gradients) == STEPS
+            for found, expected in zip(our_gradients, their_gradients, strict=True):
+                assert_close(found, expected, SAME_GRADIENT)
+            assert_close(state(ours), state(theirs), SAME_PARAMETER)
+
+    run_ranks(ranks, work)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 5), (2, 6), (2, 2), (3, 3), (4, 1)])
+def test_equals_one_process(run_ranks: RunRanks, ranks: int, micro: int) -> None:
+    """Also with a last micro-batch that is smaller: the mean is over tokens, not over micro-batches."""
+    model = gpt()
+    expected = train(engine_of(model, single()), single(), micro=GLOBAL)
+
+    def work(rank: int) -> tuple[list[StepResult], dict[str, Tensor]]:
+        with Communicator.connect() as comm:
+            replica = gpt(seed=rank)
+            return train(engine_of(replica, comm), comm, micro), state(replica)
+
+    replies = run_ranks(ranks, work)
+    for results, parameters in replies:
+        for found, wanted in zip(results, expected, strict=True):
+            assert found.loss == pytest.approx(wanted.loss, abs=1e-5)
+            assert found.tokens == wanted.tokens == GLOBAL * MODEL.context
+        assert_close(parameters, state(model), SAME_PARAMETER)
+        assert_close(parameters, replies[0][1], {"rtol": 0, "atol": 0})  # the ranks agree bitwise
+
+
+class Branches(nn.Module):
+    """Each rank uses its own branch, and nobody the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.branches = nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor, branch: int) -> Tensor:
+        return self.branches[branch](self.shared(x)).square().mean()
+
+
+def test_unused_parameters_count_as_zero(run_ranks: RunRanks) -> None:
+    def work(rank: int) -> list[dict[str, Tensor]]:
+        with Communicator.connect() as comm:
+            torch.manual_seed(0)
+            model = Branches()
+            engine = engine_of(model, comm, bucket_elements=6, clip=None)
+            with recorded_gradients(model) as gradients:
+                for branch in (rank, 1 - rank):  # what one step used, the next does not
+                    engine.backward(model(torch.full((3, 4), 1.0 + rank), branch), tokens=3, last=True)
+                    engine.step(LR)
+            return gradients
+
+    first, second = run_ranks(2, work)
+    torch.manual_seed(0)
+    model = Branches()
+    (model(torch.full((3, 4), 1.0), 0) / 2 + model(torch.full((3, 4), 2.0), 1) / 2).backward()
+    wanted = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in model.named_parameters()}
+    assert_close(first[0], wanted, SAME_GRADIENT)
+    assert wanted["branches.0.weight"].abs().sum() > 0
+    assert not first[0]["branches.2.weight"].any()
+    for found, other in zip(first, second, strict=True):
+        assert_close(found, other, {"rtol": 0, "atol": 0})
+
+
+def test_accumulation_communicates_once(run_ranks: RunRanks) -> None:
+    def work(rank: int) -> list[int]:
+        with Communicator.connect() as comm:
+            traffic = []
+            for micro in (6, 1):
+                engine = engine_of(gpt(), comm)
+                comm.take_traffic()
+                train(engine, comm, micro, steps=1)
+                traffic.append(comm.take_traffic())
+            return traffic
+
+    elements = sum(parameter.numel() for parameter in gpt().parameters())
+    for once, six_micro_batches in run_ranks(2, work):
+        assert (
+            once == six_micro_batches == 4 * elements + 16
+        )  # 2·(N−1)/N = 1; loss and tokens are two doubles
+
+
+class Recording(Communicator):
+    """One rank that notes when collectives start."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__(0, 1, 0, torch.device("cpu"))
+        self.notes = notes
+
+    def start_all_reduce(self, tensor: Tensor) -> Pending:
+        self.notes.append(f"all_reduce {tensor.numel()}")
+        return super().start_all_reduce(tensor)
+
+
+def test_collectives_overlap_the_backward_in_a_fixed_order() -> None:
+    notes: list[str] = []
+    model = nn.Sequential(
+        nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False)
+    )
+    engine = engine_of(model, Recording(notes), bucket_elements=1)
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda _, name=name: notes.append(f"gradient {name}"))  # type: ignore[no-untyped-call]
+    notes.clear()
+    for last in (False, True):
+        engine.backward(model(torch.ones(2, 3)).mean(), tokens=2, last=last)
+    gradients = ["gradient 2.weight", "gradient 1.weight", "gradient 0.weight"]
+    assert notes[:3] == gradients
+    assert notes[3:] == [
+        "gradient 2.weight",
+        "all_reduce 2",
+        "gradient 1.weight",
+        "all_reduce 6",
+        "gradient 0.weight",
+        "all_reduce 9",
+    ]
+
+
+def test_buckets_hold_up_to_their_size_and_larger_parameters_alone() -> None:
+    notes: list[str] = []
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 1))  # from the back: 1, 10, 10, 100 elements
+    engine = engine_of(model, Recording(notes), bucket_elements=15)
+    notes.clear()
+    engine.backward(model(torch.ones(1, 10)).mean(), tokens=1, last=True)
+    assert notes == ["all_reduce 11", "all_reduce 10", "all_reduce 100"]
+
+
+def test_buffers_and_frozen_parameters_start_as_rank_zero_has_them(run_ranks: RunRanks) -> None:
+    def work(rank: int) -> dict[str, Tensor]:
+        with Communicator.connect() as comm:
+            torch.manual_seed(rank)
+            model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+            model[0].bias.requires_grad_(False)
+            model[1].running_mean.fill_(rank + 1)
+            engine_of(model, comm)
+            return {name: value.clone() for name, value in model.state_dict().items()}
+
+    first, second = run_ranks(2, work)
+    assert_close(second, first, {"rtol": 0, "atol": 0})
+
+
+def broken(model: nn.Module, where: str) -> Tensor:
+    loss = model(torch.ones(2, 4)).mean()
+    if where == "loss":
+        return loss * float("nan")
+    if where == "gradient":  # finite itself; its slope is not
+        return loss + torch.sqrt(model[0].weight[0, 0] * 0)
+    return loss
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_on_one_rank_stops_all_at_the_same_step(run_ranks: RunRanks, where: str) -> None:
+    def work(rank: int) -> tuple[str, bool]:
+        with Communicator.connect() as comm:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+            engine = engine_of(model, comm)
+            engine.backward(broken(model, "nowhere"), tokens=2, last=True)
+            engine.step(LR)
+            before = state(model)
+            engine.backward(broken(model, where if rank == 1 else "nowhere"), tokens=2, last=True)
+            with pytest.raises(NonFiniteError) as caught:
+                engine.step(LR)
+            same = all(torch.equal(before[name], after) for name, after in state(model).items())
+            return str(caught.value), same
+
+    (first, unchanged), other = run_ranks(2, work)
+    assert other == (first, unchanged)
+    assert unchanged, "no parameter changes in the step that fails"
+    assert first.startswith(f"step 2: expected a finite {where}, found ")
+    if where == "gradient":
+        assert "in 0.weight, 1 parameters in all" in first

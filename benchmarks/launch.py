@@ -45,7 +45,8 @@ def main(what: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job.py").write_text(ALL_REDUCE)
-        {"help": measure_help, "local": measure_local, "hosts": measure_hosts, "idle": measure_idle}[what](folder, rounds)
+        measures = {"help": measure_help, "local": measure_local, "hosts": measure_hosts, "idle": measure_idle}
+        measures[what](folder, rounds)
 
 
 def measure_help(folder: Path, rounds: int) -> None:
@@ -90,7 +91,7 @@ def measure_idle(folder: Path, rounds: int) -> None:
         for _ in range(rounds):
             command = [str(BIN / "dstrain"), "run", "--hosts", "h1:1", "job.py"]
             run = subprocess.Popen(command, cwd=folder, env={**os.environ, **hosts.env}, stdout=subprocess.DEVNULL)
-            lab.wait_for(lambda: len(_ours(run.pid)) == 4 and _ranks(), "the job")
+            lab.wait_for(lambda pid=run.pid: len(_ours(pid)) == 4 and _ranks(), "the job")
             time.sleep(3)  # a measurement's beginning, not a synchronisation
             before, at = _ticks(_ours(run.pid)), time.monotonic()
             time.sleep(15)

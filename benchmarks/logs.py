@@ -56,7 +56,8 @@ def _timed(series: Series, command: list[str], folder: Path, environment: dict[s
                 peaks |= _peaks(process.pid)
             time.sleep(0.05)
     series.seconds.append(time.perf_counter() - start)
-    lines = int(subprocess.run(["wc", "-l", str(folder / "out")], capture_output=True, text=True, check=True).stdout.split()[0])
+    counted = subprocess.run(["wc", "-l", str(folder / "out")], capture_output=True, text=True, check=True)
+    lines = int(counted.stdout.split()[0])
     if process.returncode != 0 or lines != 2 * LINES:
         raise SystemExit(f"{series.name}: exit {process.returncode}, {lines} lines\n{process.stderr.read()[-2000:]!r}")
     return sum(peaks.values())

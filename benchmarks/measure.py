@@ -26,7 +26,11 @@ class Series:
 
 
 def timed(
-    series: Series, command: Sequence[object], folder: Path, environment: dict[str, str] | None = None, stdout: int = subprocess.DEVNULL
+    series: Series,
+    command: Sequence[object],
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    stdout: int = subprocess.DEVNULL,
 ) -> None:
     """Run one command to its end and note its seconds; an error ends the benchmark."""
     start = time.perf_counter()
@@ -41,7 +45,8 @@ def timed(
 def describe() -> None:
     """Commit, machine and versions: what a figure is worth nothing without."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    cpus = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in cpus if "model name" in line), "unknown")
     print(f"commit {commit.stdout.strip()}, {os.cpu_count()} x {model}, Linux {platform.release()}")
     print(f"python {platform.python_version()}, torch {version('torch')}, paramiko {version('paramiko')}")
 
@@ -50,7 +55,8 @@ def report(ours: Series, theirs: Series) -> None:
     """Both medians with quartiles, and the ratio round by round."""
     for series in (ours, theirs):
         low, _, high = statistics.quantiles(series.seconds, n=4)
-        print(f"{series.name:36} median {series.median:.3f} s   quartiles {low:.3f} to {high:.3f}   rounds {len(series.seconds)}")
+        spread = f"quartiles {low:.3f} to {high:.3f}   rounds {len(series.seconds)}"
+        print(f"{series.name:36} median {series.median:.3f} s   {spread}")
     ratios = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     print(f"{'ratio':36} median {statistics.median(ratios):.3f}     quartiles {low:.3f} to {high:.3f}")

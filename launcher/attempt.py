@@ -181,9 +181,8 @@ class Attempt:
             host = node.report.host.name
             if node.agent_error is not None:
                 reason = node.agent_error.splitlines()[-1]
-                return Cause(
-                    ExitCode.AGENT_LOST, "launcher", f"the agent on {host} gave up: {reason}", node.agent_error, "", host
-                )
+                headline = f"the agent on {host} gave up: {reason}"
+                return Cause(ExitCode.AGENT_LOST, "launcher", headline, node.agent_error, "", host)
             if node.gone is None:
                 continue
             if node.agent_lost:

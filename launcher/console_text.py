@@ -26,7 +26,9 @@ def clean(raw: bytes, colour: bool) -> str:
         return _CONTROL.sub(_escape, text)
     parts = _COLOUR.split(text)
     codes = [*_COLOUR.findall(text), ""]
-    kept = "".join(_CONTROL.sub(_escape, part) + (code if colour else "") for part, code in zip(parts, codes, strict=True))
+    kept = "".join(
+        _CONTROL.sub(_escape, part) + (code if colour else "") for part, code in zip(parts, codes, strict=True)
+    )
     return kept + (RESET if colour and len(codes) > 1 else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -32,7 +33,5 @@ class EventLog:
         self._write((json.dumps({**event, **fields}) + "\n").encode())
 
     def _write(self, data: bytes) -> None:
-        try:
+        with contextlib.suppress(OSError):  # a full disk: the logs' own error is told, and the run goes on
             os.write(self._fd, data)
-        except OSError:
-            pass  # a full disk: the logs' own error is told, and the run goes on

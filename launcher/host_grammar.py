@@ -141,9 +141,7 @@ def check_characters(text: str) -> None:
 
 def _check_label(label: str, text: str, offset: int) -> None:
     if not label:
-        raise Problem(
-            "a host name", f"an empty part in {quoted(text)}", "put one '.' between two parts", offset
-        )
+        raise Problem("a host name", f"an empty part in {quoted(text)}", "put one '.' between two parts", offset)
     if len(label) > MAX_LABEL_LENGTH:
         expected = f"at most {MAX_LABEL_LENGTH} characters between two dots"
         raise Problem(expected, f"{len(label)}", "shorten the name", offset)
@@ -293,9 +291,7 @@ def settle(host: Host, transport_given: bool) -> Host:
     if host.gpus is not None:
         if host.slots not in (None, len(host.gpus)):
             fix = "make the two agree, or leave slots out"
-            raise Conflict(
-                "slots", f"slots={len(host.gpus)}, one for each of gpus=", f"slots={host.slots}", fix
-            )
+            raise Conflict("slots", f"slots={len(host.gpus)}, one for each of gpus=", f"slots={host.slots}", fix)
         host = replace(host, slots=len(host.gpus))
     login = {"user": host.user, "port": host.port, "addr": host.addr, "key": host.key}
     given = [key for key, value in login.items() if value is not None]

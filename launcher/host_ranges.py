@@ -49,9 +49,7 @@ def expand(pattern: str) -> tuple[str, ...]:
         names = tuple(parse_name(str(name)) for name in NodeSet(pattern, resolver=RESOLVER_NOGROUP))
     if len(names) != count:  # our grammar should leave ClusterShell no choice; never guess if it does
         fix = "write these hosts on lines of their own"
-        raise Problem(
-            f"a range of {count} hosts", f"{quoted(pattern)}, which ClusterShell reads otherwise", fix
-        )
+        raise Problem(f"a range of {count} hosts", f"{quoted(pattern)}, which ClusterShell reads otherwise", fix)
     return names
 
 

@@ -128,9 +128,7 @@ class _Report:
             problem = Problem("each host once", found, "remove one of the two; slots=N gives it more ranks")
             self.add(line, pattern.start, problem)
         if before <= MAX_HOSTS < len(self.seen):
-            problem = Problem(
-                f"at most {MAX_HOSTS:,} hosts", f"{len(self.seen):,}", "write several hostfiles"
-            )
+            problem = Problem(f"at most {MAX_HOSTS:,} hosts", f"{len(self.seen):,}", "write several hostfiles")
             self.add(line, pattern.start, problem)
 
     def raise_any(self) -> None:

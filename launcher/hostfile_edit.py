@@ -117,19 +117,13 @@ def _retargeted(line: Line, entry: Entry, names: list[str]) -> list[str]:
     """The line's text for these hosts instead. Names that fold into several patterns take a line each."""
     head, tail = line.text[: entry.pattern.start], line.text[entry.pattern.end :]
     tail_end = max(entry.end - entry.pattern.end, 0)
-    return [
-        head + pattern + (tail if index == 0 else tail[:tail_end])
-        for index, pattern in enumerate(fold(names))
-    ]
+    return [head + pattern + (tail if index == 0 else tail[:tail_end]) for index, pattern in enumerate(fold(names))]
 
 
 def _spread(hostfile: Hostfile, line: Line, texts: list[str]) -> list[Line]:
     """Lines in the place of `line`: all end as it does, but only the file's last may lack its newline."""
     inner = line.newline or _newline_of(hostfile)
-    return [
-        Line(text, line.newline if index == len(texts) - 1 else inner, None)
-        for index, text in enumerate(texts)
-    ]
+    return [Line(text, line.newline if index == len(texts) - 1 else inner, None) for index, text in enumerate(texts)]
 
 
 def _newline_of(hostfile: Hostfile) -> str:

@@ -143,9 +143,7 @@ def _temporary_for(target: Path) -> Path:
 
 def _write_synced(temporary: Path, text: str, target: Path, before: os.stat_result | None) -> None:
     temporary.unlink(missing_ok=True)
-    mode = (
-        0o666 if before is None else 0o600
-    )  # the umask's for a new file; a known one gets its own at the end
+    mode = 0o666 if before is None else 0o600  # the umask's for a new file; a known one gets its own at the end
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
         file.write(text.encode("utf-8"))
@@ -202,6 +200,4 @@ def _decode(data: bytes, source: str) -> str:
 
 def _unusable(path: Path, error: Exception) -> UsageError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return UsageError.mismatch(
-        str(path), "a file that can be used", reason, "check the path and its permissions"
-    )
+    return UsageError.mismatch(str(path), "a file that can be used", reason, "check the path and its permissions")

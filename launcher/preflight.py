@@ -79,10 +79,10 @@ Row = tuple[str, str, str, int] | tuple[str, str, str]
 
 
 def _connection_problem(host: str, error: DstrainError) -> Problem:
-    check = {HostKeyError: "host key", AuthenticationError: "login"}.get(type(error), "reachable")
     if isinstance(error, HostError):
+        check = {HostKeyError: "host key", AuthenticationError: "login"}.get(type(error), "reachable")
         return Problem(host, check, error.cause, error.remedy, int(error.exit_code))
-    return Problem(host, check, str(error), "", int(error.exit_code))
+    return Problem(host, "reachable", str(error), "", int(error.exit_code))
 
 
 def _check_place(request: Request, report: HostReport, digest: str | None) -> Iterator[Row]:
@@ -146,9 +146,7 @@ def _check_slots(request: Request, report: HostReport) -> Iterator[Row]:
         yield ("slots", f"{facts.slots} ranks were asked for, it has {facts.gpus} GPUs", fix)
 
 
-def _check_dialled(
-    request: Request, report: HostReport, first: HostReport, address: str | None
-) -> Iterator[Row]:
+def _check_dialled(request: Request, report: HostReport, first: HostReport, address: str | None) -> Iterator[Row]:
     if report is first:
         if first.listening is not None and not first.listening.addresses:
             code = ExitCode.RENDEZVOUS if request.master_port or request.master_address else ExitCode.PREFLIGHT

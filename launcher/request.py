@@ -132,8 +132,10 @@ def _checked_target(target: Target, cwd: str) -> Target:
 
 
 def _nproc(text: str | None) -> int | Literal["auto"] | None:
-    if text is None or text == "auto":
-        return text
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 4096:
         raise UsageError.mismatch("-n/--nproc-per-node", "a number from 1 to 4096, or auto", text)
     return int(text)

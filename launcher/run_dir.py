@@ -1,8 +1,8 @@
 """The layout of a run's directory, in one place.
 
-    runs/<run_id>/      0700; also listed under ${XDG_STATE_HOME:-~/.local/state}/dstrain/runs/
-      job.json  plan.json  report.json  events.jsonl       secret values masked
-      logs/attempt-<k>/<host>/rank-<r>.out  rank-<r>.err   byte-exact
+runs/<run_id>/      0700; also listed under ${XDG_STATE_HOME:-~/.local/state}/dstrain/runs/
+  job.json  plan.json  report.json  events.jsonl       secret values masked
+  logs/attempt-<k>/<host>/rank-<r>.out  rank-<r>.err   byte-exact
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ class SelectedHost:
         if not left:
             found = f"none of {_listing(there)}"
             where = self.host.written_name
-            raise UsageError.mismatch(
-                where, "at least one slot", found, "choose one, or exclude the whole host"
-            )
+            raise UsageError.mismatch(where, "at least one slot", found, "choose one, or exclude the whole host")
         return left
 
 

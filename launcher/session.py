@@ -128,10 +128,8 @@ class HostSession:
         marker = f"dstrain-{secrets.token_hex(8)}"
         source = bootstrap_source(marker)
         head = f"{self._bundle.digest} {len(self._bundle.archive)}\n".encode()
-        try:
+        with contextlib.suppress(OSError):  # it has ended already: what it said explains why
             connection.write(b"%d\n" % len(source) + source + head)
-        except OSError:
-            pass  # it has ended already: what it said explains why
         lines = _Lines(connection)
         greeting = self._await_marker(lines, marker, connection)
         version = greeting.removeprefix(f"{marker} python ")

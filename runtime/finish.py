@@ -3,9 +3,9 @@
 [Note: the end of a fork]
 `Py_Finalize` clears every module, so each of 16 forks copies all pages of torch that it shared with the zygote: 4.7 s
 on 2 cores for 16 ranks. What the user's own code relies on happens here as it does there, in the same order:
-non-daemon threads are waited for, atexit handlers run, the user's modules are cleared (open files are
-flushed before), cycles among the user's objects are collected, and the streams of Python and C are flushed. Only the modules
-that the zygote had imported stay as they are.
+non-daemon threads are waited for, atexit handlers run, open files are flushed, the user's modules are let go, cycles
+among the user's objects are collected, and the streams of Python and C are flushed. Only the modules that the zygote
+had imported stay as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_and_finish(run: Callable[[], None]) -> NoReturn:
         threading._shutdown()  # type: ignore[attr-defined]  # what the interpreter itself calls
         atexit._run_exitfuncs()
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
     _flush_files()
     _clear_modules([name for name in sys.modules if name not in preloaded])
     if not _flush() and code == 0:

@@ -159,7 +159,7 @@ def _fork_store(message: HoldStore, listening: int) -> int:
         die_with_parent(zygote)
         os.setsid()
         set_title("dstrain store")
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is public, but not in __all__
 
         store = TCPStore(
             message.address, message.port, is_master=True, wait_for_workers=False, master_listen_fd=listening
@@ -242,4 +242,3 @@ def _show_without_us(kind: type[BaseException], error: BaseException, trace: typ
 
 
 _OUR_FILES = {__file__, finish.__file__, "<string>", "<frozen runpy>"}
-

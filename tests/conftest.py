@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lab
 import pytest
+
+import lab
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -87,7 +88,11 @@ class Run:
     def rank_pid(self, rank: int) -> int:
         """The pid, as seen from here, of a preloaded rank; waits until it runs."""
         title = f"dstrain rank {rank}:".encode()
-        return int(lab.wait_for(lambda: next((p for p in self.workers() if _words(p).startswith(title)), 0), f"rank {rank}\n{self.err}"))
+
+        def find() -> int:
+            return next((pid for pid in self.workers() if _words(pid).startswith(title)), 0)
+
+        return int(lab.wait_for(find, f"rank {rank}\n{self.err}"))
 
     def ancestor(self, rank: int, name: str) -> int:
         """The process above a rank that is called so: dstrain-agent, dstrain-warden, sshd."""

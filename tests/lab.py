@@ -164,8 +164,9 @@ class Namespace:
 def processes_with(cookie: str, also: bytes, word: str) -> list[int]:
     """Pids, as seen from here, of living processes with both texts in their environment, or the word in their argv."""
     found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
+    for path in Path("/proc").glob("[0-9]*"):
+        name = path.name
+        if int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
             environment = Path(f"/proc/{name}/environ").read_bytes()
@@ -245,7 +246,11 @@ def _namespace(folder: Path, name: str, address: str, bridge: str, tag: str, pri
         command = f"hostname {name}; {mounts}; exec {SSHD} -D -e -f /dev/null " + " ".join(sshd_options(Path(keys)))
         log = (folder / f"{name}.log").open("wb")
         server = subprocess.Popen(
-            [*inside, "unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", command],
+            [
+                *inside,
+                *["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"],
+                command,
+            ],
             stdout=log,
             stderr=log,
         )

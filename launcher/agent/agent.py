@@ -7,6 +7,7 @@ when nothing was heard for LEASE_S (the link is dead), or when the warden dies. 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import shutil
@@ -203,10 +204,8 @@ class Agent:
         raise RuntimeError("the warden was killed")
 
     def _on_child(self, fd: int) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):
             os.read(fd, 4096)
-        except BlockingIOError:
-            pass
         by_pid = {worker.pid: worker for worker in self.workers.values() if worker.running and not worker.preloaded}
         for pid, status in processes.reap():
             if pid in by_pid:
@@ -512,4 +511,3 @@ class Agent:
             quiet = {str(r): now - (w.quiet_since or now) for r, w in self.watches.items() if r in running}
             if any(seconds >= watch.LOOK_AT_CHILDREN_S for seconds in quiet.values()):
                 self.tell(frames.Quiet(quiet))
-

@@ -9,11 +9,13 @@ DSTRAIN_HOST. The second catches what escaped when one of the two was killed; th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+
 
 @dataclass(frozen=True)
 class ProcessStat:
@@ -29,7 +31,7 @@ class ProcessStat:
 def read_stat(pid: int) -> ProcessStat | None:
     """None when the process is gone."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - a hot path
+        with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
@@ -60,7 +62,7 @@ def descendants(table: dict[int, ProcessStat], roots: Iterable[int]) -> set[int]
 def carries(pid: int, cookies: Iterable[bytes]) -> bool:
     """Does the environment that the process was started with hold all of these NAME=VALUE?"""
     try:
-        with open(f"/proc/{pid}/environ", "rb") as file:  # noqa: PTH123 - a hot path
+        with open(f"/proc/{pid}/environ", "rb") as file:
             environment = file.read().split(b"\0")
     except OSError:
         return False
@@ -79,15 +81,13 @@ def members(cookies: Iterable[bytes], roots: Iterable[int]) -> set[int]:
 
 def kill(pid: int, number: int) -> None:
     """Send a signal; a process that has gone is no error."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def reap() -> list[tuple[int, int]]:
     """(pid, wait status) of every child that has ended, strangers that we adopted included."""
-    ended = []
+    ended: list[tuple[int, int]] = []
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

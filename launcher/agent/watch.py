@@ -55,11 +55,11 @@ class Watch:
 
     def _is_quiet(self, pid: int, state: str, sample: Sample) -> bool:
         last = self.last
-        if sample.children_ticks is not None and last.children_ticks is not None:
-            if sample.children_ticks - last.children_ticks > QUIET_TICKS:
-                return False
+        seen_children = sample.children_ticks is not None and last.children_ticks is not None
+        children = (sample.children_ticks or 0) - (last.children_ticks or 0) if seen_children else 0
         return (
             state == "S"
+            and children <= QUIET_TICKS
             and sample.cpu_ticks - last.cpu_ticks <= QUIET_TICKS
             and sample.io_bytes - last.io_bytes <= QUIET_IO_BYTES
             and sample.output_bytes == last.output_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -64,10 +65,8 @@ def open_worker(spec: ProcessSpec, preloaded: bool) -> tuple[Worker, list[int]]:
 def _enlarge(pipe: int) -> None:
     import fcntl
 
-    try:
+    with contextlib.suppress(OSError):  # over the user's soft limit of pipe pages: the default 64 KiB works too
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    except OSError:
-        pass  # over the user's soft limit of pipe pages: the default 64 KiB works too
 
 
 class Zygote:
@@ -152,7 +151,7 @@ def spawn_program(
     command: list[str], cwd: str, environment: Mapping[str, str], worker: Worker, descriptors: list[int]
 ) -> None:
     """Start a plain program as this rank, in a session of its own. Raises OSError as exec does."""
-    out, err, events, stacks = descriptors
+    out, err, events, _ = descriptors
     agent = os.getpid()
     try:
         process = subprocess.Popen(
@@ -187,10 +186,8 @@ def ask_to_end(worker: Worker, whole_group: bool) -> None:
         return
     worker.signalled = True
     if whole_group:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGTERM)
-        except (ProcessLookupError, PermissionError):
-            pass
     else:
         kill(worker.pid, signal.SIGTERM)
     kill(worker.pid, signal.SIGCONT)

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from dstrain.runtime.spec.errors import UsageError
 
 if TYPE_CHECKING:  # each command imports what it needs, so that `dstrain --help` answers at once
-    from dstrain.launcher.hostfile import Host
     from rich.table import Table
+
+    from dstrain.launcher.hostfile import Host
 
 app = typer.Typer(help="List and edit the hosts of a hostfile.", no_args_is_help=True)
 
 HostfileOption = Annotated[
     Path | None,
-    typer.Option(
-        "-H", "--hostfile", metavar="PATH", help="The hostfile. Default: $DSTRAIN_HOSTFILE, else ./hostfile."
-    ),
+    typer.Option("-H", "--hostfile", metavar="PATH", help="The hostfile. Default: $DSTRAIN_HOSTFILE, else ./hostfile."),
 ]
 _OPTIONS_HELP = "slots=N user=U port=P addr=A python=PATH key=PATH gpus=0,2,3 transport=local|ssh"
 
@@ -134,9 +134,7 @@ def _table(hosts: Sequence[Host]) -> Table:
     from rich.text import Text
 
     rows = [_cells(host) for host in hosts]
-    shown = [
-        i for i, name in enumerate(COLUMNS) if name in ("name", "slots") or any(r[i] != "-" for r in rows)
-    ]
+    shown = [i for i, name in enumerate(COLUMNS) if name in ("name", "slots") or any(r[i] != "-" for r in rows)]
     table = Table(box=SIMPLE_HEAD)
     for index in shown:
         table.add_column(COLUMNS[index], justify="right" if COLUMNS[index] in ("slots", "port") else "left")

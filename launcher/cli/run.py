@@ -27,7 +27,8 @@ class RunCommand(TyperCommand):
         return {name: not option.is_flag for option in options for name in (*option.opts, *option.secondary_opts)}
 
     def format_usage(self, ctx: Any, formatter: Any) -> None:
-        formatter.write_usage(ctx.command_path, "[OPTIONS] (job.yaml | script.py | -m MODULE | --no-python PROGRAM) [ARGS]...")
+        targets = "job.yaml | script.py | -m MODULE | --no-python PROGRAM"
+        formatter.write_usage(ctx.command_path, f"[OPTIONS] ({targets}) [ARGS]...")
 
 
 def split_target(args: list[str], takes_value: dict[str, bool]) -> tuple[list[str], str, list[str]]:
@@ -58,9 +59,7 @@ def run(
     nproc: Annotated[
         str | None, typer.Option("-n", "--nproc-per-node", metavar="N|auto", help="Ranks on each host.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("-c", "--config", help="A job.yaml for a script of your own.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="A job.yaml for a script of your own.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Change a key: train.steps=100.")] = None,
     env: Annotated[
         list[str] | None, typer.Option("--env", help="NAME=VALUE, or NAME of this shell (for secrets).")
@@ -70,7 +69,9 @@ def run(
     cwd: Annotated[str | None, typer.Option(help="Directory on every host; default: this one.")] = None,
     python: Annotated[str | None, typer.Option(help="Interpreter on every host.")] = None,
     prologue: Annotated[str | None, typer.Option(help="Shell line before the workers: 'module load cuda'.")] = None,
-    master_addr: Annotated[str | None, typer.Option(help="Rank 0's address; default: one that all hosts reach.")] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Rank 0's address; default: one that all hosts reach.")
+    ] = None,
     master_port: Annotated[
         int, typer.Option(min=0, max=65535, help="The store's port; default: a free one.", show_default=False)
     ] = 0,
@@ -124,4 +125,3 @@ def run(
     shown = ConsoleOptions(foreground.rank_set(ranks), quiet, timestamps, json)
     base = run_dir or Path("runs")
     raise typer.Exit(foreground.run(request, program, shown, base, foreground.run_name(name or job_name)))
-

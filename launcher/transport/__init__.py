@@ -20,8 +20,9 @@ _STAGE_0 = (
     'import sys;f=open(0,"rb",buffering=0,closefd=False);n=int(f.readline());b=[];'
     'exec("while n:\\n p=f.read(n) or sys.exit(1)\\n b.append(p)\\n n-=len(p)");exec(b"".join(b))'
 )
-_FIND_PYTHON = (
-    'for p do case "$p" in "~/"*) p="$HOME/${p#??}";; esac; command -v "$p" >/dev/null 2>&1 && exec "$p" -I -S -u -c "$DSTRAIN_STAGE_0"; done; '
+_FIND_PYTHON = (  # ~/ is the host's home, which quoting has hidden from its shell
+    'for p do case "$p" in "~/"*) p="$HOME/${p#??}";; esac; '
+    'command -v "$p" >/dev/null 2>&1 && exec "$p" -I -S -u -c "$DSTRAIN_STAGE_0"; done; '
     "echo dstrain-no-python; exit 127"
 )
 

@@ -18,7 +18,7 @@ class PipeConnection:
     """A child process in a session of its own (a terminal's Ctrl-C does not reach it)."""
 
     def __init__(self, argv: Sequence[str], environment: dict[str, str] | None = None) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the connection
         self.process = subprocess.Popen(
             argv,
             stdin=subprocess.PIPE,
@@ -70,4 +70,5 @@ class LocalConnection(PipeConnection):
         try:
             super().__init__(["/bin/sh", "-c", command])
         except OSError as error:
-            raise UnreachableError(host.name, f"cannot start a process: {error}", "look at the limits (ulimit -u)") from None
+            fix = "look at the limits (ulimit -u)"
+            raise UnreachableError(host.name, f"cannot start a process: {error}", fix) from None

@@ -84,7 +84,8 @@ class OpensshConnection(PipeConnection):
 def connect_openssh(host: Host, command: str, options: ConnectOptions) -> OpensshConnection:
     """Start ssh; what it cannot do shows when its output ends before our marker."""
     if not shutil.which("ssh"):
-        raise UnreachableError(host.name, "there is no ssh program here", "install openssh-client, or use --ssh paramiko")
+        fix = "install openssh-client, or use --ssh paramiko"
+        raise UnreachableError(host.name, "there is no ssh program here", fix)
     argv = ["ssh", "-T", "-x", "-a", *config_arguments(), *host_arguments(host)]
     for option in (
         "BatchMode=yes",

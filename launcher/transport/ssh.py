@@ -109,7 +109,7 @@ def _login(host: Host, target: SshTarget, options: ConnectOptions) -> paramiko.S
                 target.key_alias or target.hostname,
                 22 if target.key_alias else target.port,  # only names the key: the stream is open already
                 username=target.user,
-                key_filename=[key for key in target.keys if Path(key).is_file()],
+                key_filename=[key for key in target.keys if Path(key).is_file()],  # type: ignore[arg-type]  # or a list
                 allow_agent=not target.identities_only,
                 look_for_keys=False,
                 sock=stream,
@@ -117,7 +117,7 @@ def _login(host: Host, target: SshTarget, options: ConnectOptions) -> paramiko.S
                 banner_timeout=options.timeout_s,
                 auth_timeout=options.timeout_s,
                 channel_timeout=options.timeout_s,
-                transport_factory=_fast_transport,
+                transport_factory=_fast_transport,  # type: ignore[arg-type]  # the stubs miss the keyword arguments
             )
             transport = client.get_transport()
             assert transport is not None
@@ -178,10 +178,9 @@ def _through_bastion(host: Host, target: SshTarget, options: ConnectOptions) -> 
             client = _bastions[target.jumps] = _login(jump, jump_target, options)
     transport = client.get_transport()
     assert transport is not None
-    channel = transport.open_channel(
-        "direct-tcpip", (target.hostname, target.port), ("127.0.0.1", 0), timeout=options.timeout_s
-    )
-    return channel  # type: ignore[return-value]  # a Channel has what a Transport needs of a socket
+    where, origin = (target.hostname, target.port), ("127.0.0.1", 0)
+    # A Channel has what a Transport needs of a socket.
+    return transport.open_channel("direct-tcpip", where, origin, timeout=options.timeout_s)  # type: ignore[return-value]
 
 
 @contextmanager

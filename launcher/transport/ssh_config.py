@@ -1,4 +1,4 @@
-"""How to reach a host: the user's ssh_config as the `ssh` program itself resolves it, under the hostfile's own words."""
+"""How to reach a host: the user's ssh_config as the `ssh` program itself resolves it; the hostfile's words win."""
 
 from __future__ import annotations
 

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from dstrain.launcher.cli import hosts as cli
 from dstrain.launcher.hostfile import load_hostfile
 from dstrain.runtime.spec.errors import HostfileError, UsageError
-from typer.testing import CliRunner
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +34,10 @@ def test_a_session():
     assert run("add", "[fd00::1]", "user=bob", "gpus=0,2") == "added [fd00::1] to hostfile\n"
     assert run("remove", "gpu3") == "removed gpu3 from hostfile\n"
     assert run("set", "gpu2", "slots=4", "port=2222") == "set slots=4 port=2222 for gpu2 in hostfile\n"
-    assert Path("hostfile").read_text() == (
-        "gpu1 slots=8\ngpu2 slots=4 port=2222\n[fd00::1] user=bob gpus=0,2\n"
-    )
+    assert Path("hostfile").read_text() == ("gpu1 slots=8\ngpu2 slots=4 port=2222\n[fd00::1] user=bob gpus=0,2\n")
     assert run("set", "gpu2", "port=") == "set port= for gpu2 in hostfile\n"
     assert run("list") == (
-        "gpu1\t8\t-\t-\t-\t-\t-\t-\tssh\n"
-        "gpu2\t4\t-\t-\t-\t-\t-\t-\tssh\n"
-        "[fd00::1]\t2\tbob\t-\t-\t-\t-\t0,2\tssh\n"
+        "gpu1\t8\t-\t-\t-\t-\t-\t-\tssh\ngpu2\t4\t-\t-\t-\t-\t-\t-\tssh\n[fd00::1]\t2\tbob\t-\t-\t-\t-\t0,2\tssh\n"
     )
 
 

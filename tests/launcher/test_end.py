@@ -8,8 +8,9 @@ import signal
 import subprocess
 import time
 
-import lab
 import pytest
+
+import lab
 
 pytestmark = [pytest.mark.lab]
 
@@ -82,9 +83,7 @@ def test_local_run_survives_nothing_either(start, script):
     run.wait_gone(KILLED_AFTER_S, at)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_to_the_console_ends_the_run(running, number, code):
     at = time.monotonic()
     running.process.send_signal(number)

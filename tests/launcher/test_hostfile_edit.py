@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from dstrain.launcher.hostfile import parse_hostfile
 from dstrain.launcher.hostfile_edit import add_host, remove_hosts, set_options
 from dstrain.runtime.spec.errors import HostfileError
@@ -86,8 +87,7 @@ def test_set(before, pattern, assignments, after):
     [
         (
             lambda f: add_host(f, ["gpu2"]),
-            "expected a new host, found 'gpu2', which hosts:2 has; "
-            "change it with `dstrain hosts set gpu2 key=value`",
+            "expected a new host, found 'gpu2', which hosts:2 has; change it with `dstrain hosts set gpu2 key=value`",
         ),
         (lambda f: add_host(f, ["gpu[4-5]"]), "expected a new host, found 'gpu4', which hosts:2 has"),
         (lambda f: add_host(f, ["new", "slot=2"]), "command line:1:5: expected a known key, found 'slot'"),

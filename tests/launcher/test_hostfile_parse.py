@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from dstrain.launcher.host_grammar import Problem
 from dstrain.launcher.host_ranges import MAX_HOSTS, expand
 from dstrain.launcher.hostfile import Host, load_hostfile, parse_hostfile, parse_hosts_expression
@@ -272,9 +273,7 @@ SANE_IN_A_PATH = {"-l", "--", "a/b", "../a", "@all"}
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)
-@pytest.mark.parametrize(
-    "form", ["{}", "ok user={}", "ok addr={}", "ok key={}", "ok python=/bin/{}", "ok {}=1"]
-)
+@pytest.mark.parametrize("form", ["{}", "ok user={}", "ok addr={}", "ok key={}", "ok python=/bin/{}", "ok {}=1"])
 def test_hostile_entries_are_refused_and_touch_nothing(text, form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if form == "ok python=/bin/{}" and text in SANE_IN_A_PATH:
@@ -300,9 +299,7 @@ def test_a_range_bomb_is_refused_at_once():
     begin = time.monotonic()
     for bomb in ("a[1-999999999]", "a[1-9999]b[1-9999]", "a[0-99]b[0-99]c[0-99]d[0-99]", "a[1-9999999999]"):
         assert error_of(bomb).startswith("hosts:1:")
-    assert "expected at most 10,000 hosts, found 999,999,999 in 'a[1-999999999]'" in error_of(
-        "a[1-999999999]"
-    )
+    assert "expected at most 10,000 hosts, found 999,999,999 in 'a[1-999999999]'" in error_of("a[1-999999999]")
     assert time.monotonic() - begin < 1.0
 
 

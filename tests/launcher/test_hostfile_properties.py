@@ -6,13 +6,14 @@ import itertools
 from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dstrain.launcher.host_grammar import Problem
 from dstrain.launcher.host_ranges import expand, fold
 from dstrain.launcher.hostfile import Hostfile, parse_hostfile
 from dstrain.launcher.hostfile_edit import add_host, remove_hosts, set_options
 from dstrain.runtime.spec.errors import HostfileError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 some_examples = settings(deadline=None, max_examples=100)
 many_examples = settings(deadline=None, max_examples=400)
@@ -65,9 +66,7 @@ def files(draw: st.DrawFn) -> str:
         indent = draw(SPACE | st.just(""))
         if draw(st.booleans()):
             text += indent + draw(COMMENT | st.just("")) + draw(st.sampled_from(["\n", "\r\n"]))
-        name = draw(
-            st.sampled_from(["h{}", "h{}n[1-4]", "h{}r[1-2]n[01-03]-ib", "10.0.{}.[7-11]", "[fd00::{}]"])
-        )
+        name = draw(st.sampled_from(["h{}", "h{}n[1-4]", "h{}r[1-2]n[01-03]-ib", "10.0.{}.[7-11]", "[fd00::{}]"]))
         keys = draw(st.permutations(sorted(OPTIONS)))[: draw(st.integers(0, 4))]
         words = [name.format(index + 1), *(f"{key}={draw(OPTIONS[key])}" for key in keys)]
         text += indent + "".join(word + draw(SPACE) for word in words).rstrip(" \t")
@@ -140,9 +139,7 @@ def test_setting_an_option_changes_only_its_line(text, data):
     expected = int(value) if key in ("slots", "port") and value else value or None
     assert getattr(changed, key) == expected
     others = [other for other in before.hosts if other != host]
-    assert sorted((other for other in after.hosts if other.name != host.name), key=str) == sorted(
-        others, key=str
-    )
+    assert sorted((other for other in after.hosts if other.name != host.name), key=str) == sorted(others, key=str)
     removed, _ = changed_region(texts(before), texts(after))
     assert len(removed) <= 1
     assert comments(after) == comments(before)
@@ -177,9 +174,7 @@ def test_ranges_multiply_and_fold_back(pattern_and_names, data):
         assert sorted(back) == sorted(chosen)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["gpu[01-16]", "r[1-2]n[1-4]-ib0", "node1[01-16]", "10.0.0.1[0-3]", "a[9-11].b"]
-)
+@pytest.mark.parametrize("pattern", ["gpu[01-16]", "r[1-2]n[1-4]-ib0", "node1[01-16]", "10.0.0.1[0-3]", "a[9-11].b"])
 def test_the_usual_ranges_are_among_those_that_read(pattern):
     assert fold(expand(pattern)) == (
         pattern.replace("10.0.0.1[0-3]", "10.0.0.[10-13]").replace("1[01-16]", "[101-116]"),

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
 from dstrain.launcher import hostfile_store
 from dstrain.launcher.hostfile import Hostfile, load_hostfile
 from dstrain.launcher.hostfile_edit import add_host, edit_file, remove_hosts, set_options
@@ -77,9 +78,7 @@ def test_concurrent_edits_of_real_processes_lose_nothing(tmp_path):
     assert [editor.returncode for editor in editors] == [0] * 6
     hosts = load_hostfile(path).hosts
     numbers = [f"{me}-{i}" for me in range(6) for i in range(8)]
-    assert sorted(h.name for h in hosts) == sorted(
-        [f"{kind}{n}" for kind in ("kept", "new") for n in numbers]
-    )
+    assert sorted(h.name for h in hosts) == sorted([f"{kind}{n}" for kind in ("kept", "new") for n in numbers])
     assert all(h.port == 22 and h.slots == 2 for h in hosts if h.name.startswith("kept"))
     assert path.read_text().startswith("# top\n")
     assert path.read_text().count("# kept") <= 1

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lab
 import pytest
+
+import lab
 
 pytestmark = pytest.mark.lab
 
@@ -37,7 +38,8 @@ def test_host_key_login_and_reach(light, start, script, tmp_path, ssh):
     """One host each: unknown key, changed key, no login, refused, no such name. All in one table."""
     empty, wrong = tmp_path / "known-none", tmp_path / "known-wrong"
     empty.touch()
-    wrong.write_text(re.sub(r"ssh-ed25519 \S+", lab.make_key(tmp_path / "other").rsplit(" ", 1)[0], light.known_hosts.read_text()))
+    other = lab.make_key(tmp_path / "other").rsplit(" ", 1)[0]
+    wrong.write_text(re.sub(r"ssh-ed25519 \S+", other, light.known_hosts.read_text()))
     lab.make_key(tmp_path / "stranger")
     port = lab.free_port()
     config = tmp_path / "config"
@@ -108,7 +110,9 @@ def test_torch_missing_or_of_another_version(light, start, script, tmp_path):
     (torch / "__init__.py").write_text("__version__ = '2.11.0'\n")
     (torch / "distributed" / "__init__.py").touch()
     hostfile = tmp_path / "hosts"
-    hostfile.write_text(f"h1 slots=1\nh2 slots=1 python={old}/bin/python\nh3 slots=1 python={bare}/bin/python\nh4 slots=1\n")
+    hostfile.write_text(
+        f"h1 slots=1\nh2 slots=1 python={old}/bin/python\nh3 slots=1 python={bare}/bin/python\nh4 slots=1\n"
+    )
     run = start("-H", hostfile, script(JOB), env=light.env)
     err = refused(run, 202)
     assert "dstrain: h2: torch: version 2.11.0, the others have 2." in err
@@ -195,7 +199,8 @@ def test_bastion_is_one_shared_connection(net, start, script, tmp_path):
     """nb is reached through na alone, twice under two names; na's sshd sees one login for the way."""
     config = tmp_path / "config"
     address = net.hosts["nb"].address
-    aliases = "".join(f"Host {name}\n  HostName {address}\n  HostKeyAlias {address}\n  ProxyJump na\n" for name in ("x1", "x2"))
+    way = f"  HostName {address}\n  HostKeyAlias {address}\n  ProxyJump na\n"
+    aliases = "".join(f"Host {name}\n{way}" for name in ("x1", "x2"))
     config.write_text(aliases + net.config.read_text())
     run = start("--hosts", "x1:1,x2:1", script("print('in')"), env={"DSTRAIN_SSH_CONFIG": str(config)})
     assert run.wait(30) == 0, run.err

@@ -7,8 +7,9 @@ import os
 import subprocess
 from pathlib import Path
 
-import lab
 import pytest
+
+import lab
 
 pytestmark = pytest.mark.lab
 

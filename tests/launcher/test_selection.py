@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dstrain.launcher.hostfile import parse_hosts_expression
 from dstrain.launcher.selection import SelectedHost, select
 from dstrain.runtime.spec.errors import UsageError
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 HOSTS = (*parse_hosts_expression("a:4,gpu[1-3]:8,[fd00::1]:2,auto"),)
 
 
-def chosen(
-    include: str | None = None, exclude: str | None = None
-) -> list[tuple[str, tuple[int, ...] | None]]:
+def chosen(include: str | None = None, exclude: str | None = None) -> list[tuple[str, tuple[int, ...] | None]]:
     return [(s.host.name, s.slot_ids) for s in select(HOSTS, include, exclude)]
 
 

@@ -25,7 +25,8 @@ RunRanks = Callable[..., list[Any]]
 
 @pytest.fixture
 def run_ranks(monkeypatch: pytest.MonkeyPatch) -> RunRanks:
-    """`run_ranks(n, work)` calls `work(rank)` in n processes with torchrun's environment; returns their results.
+    """`run_ranks(n, work)` calls `work(rank)` in n processes with torchrun's environment; returns their
+    results.
 
     Fails with the tracebacks of the ranks that raised, or after `timeout_s`; no rank outlives the call.
     """

@@ -89,7 +89,7 @@ class Attempt:
             if not self.ending:
                 self.left.append((rank, host))
             return
-        if self.ending:
+        if self.ending or message.swept:
             return
         stderr = self._logs.tail(self.number, rank, Stream.STDERR)
         at_ns = message.clock_ns - node.clock_offset_ns

@@ -1,8 +1,8 @@
 """One root cause out of many failures: pure.
 
 Failures are ordered by weight, then by time (corrected by each host's clock offset). An exception, a signal, memory
-or a non-finite loss outranks "connection closed by peer" and collective time-outs, and those outrank what we ended
-ourselves. Works on what a worker left behind (status, end of stderr), without any decorator in its script.
+or a non-finite loss outranks "connection closed by peer" and collective time-outs; what we ended ourselves is no
+failure at all. Works on what a worker left behind (status, end of stderr), without any decorator in its script.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ class Weight(IntEnum):
 
     OWN = 0  # its own doing: exception, signal, memory
     VICTIM = 1  # a peer had gone, or did not come
-    ENDED_BY_US = 2
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,11 @@ class Failure:
     status: int
     at_ns: int
     stderr: str
-    ended_by_us: bool = False
     out_of_memory: bool = False
     start_error: str | None = None
 
     @property
     def weight(self) -> Weight:
-        if self.ended_by_us:
-            return Weight.ENDED_BY_US
         by_abort = self.status in (-signal.SIGABRT, -signal.SIGTERM)
         if (self.status > 0 or by_abort) and _VICTIM.search(self._last_words()):
             return Weight.VICTIM

@@ -474,7 +474,7 @@ class Agent:
         for fd in list(worker.pipes):
             while fd in worker.pipes and self._read_pipe(worker, fd):
                 pass
-        self.tell(frames.Exited(rank, worker.status, time.time_ns()))
+        self.tell(frames.Exited(rank, worker.status, time.time_ns(), swept=True))
 
     def _sweep_attempt(self) -> None:
         keep = {self.zygote.process.pid} if self.zygote else set()

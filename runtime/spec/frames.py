@@ -191,12 +191,16 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class Exited:
-    """A rank ended; status as in subprocess: -N means signal N. `out_of_memory`: the kernel killed it."""
+    """A rank ended; status as in subprocess: -N means signal N.
+
+    out_of_memory: the kernel killed it. swept: the agent did, with whatever else was left of the attempt.
+    """
 
     rank: int
     status: int
     clock_ns: int
     out_of_memory: bool = False
+    swept: bool = False
 
 
 @dataclass(frozen=True)

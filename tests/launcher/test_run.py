@@ -162,7 +162,8 @@ def test_dry_run_is_the_plan_that_runs(light, start, script, tmp_path):
     executed = json.loads((run.directory / "plan.json").read_text())
     for plan in (planned, executed):
         del plan["run_id"]
-    del executed["environment"]["TOKEN"]  # the fixture's own
+    for name in ("TOKEN", "MARK"):
+        del executed["environment"][name]  # the fixture's own
     assert planned == executed
     assert planned["environment"] == {"A_TOKEN": "***", "B": "1"}
 

@@ -61,14 +61,11 @@ def _results(ranks: int, work: Callable[[int], Any], deadline: float) -> list[An
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     children = [
-        context.Process(target=_be_rank, args=(rank, work, pipes[rank][1]), daemon=True)
-        for rank in range(ranks)
+        context.Process(target=_be_rank, args=(rank, work, pipes[rank][1]), daemon=True) for rank in range(ranks)
     ]
     replies: dict[int, tuple[bool, Any]] = {}
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # Python 3.12 warns of a fork beside threads; ours only serves the store
+        with warnings.catch_warnings():  # Python 3.12 warns of a fork beside threads; ours only serves the store
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             for child in children:
                 child.start()

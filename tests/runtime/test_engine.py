@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
 from dstrain.runtime.comm import Communicator, Pending
 from dstrain.runtime.engine import DataParallelEngine, EngineConfig, StepResult
 from dstrain.runtime.models.gpt import GPT, next_token_loss
 from dstrain.runtime.spec.config import GPTConfig, OptimizerConfig
 from dstrain.runtime.spec.errors import NonFiniteError
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 RunRanks = Callable[..., list[Any]]
 
@@ -26,10 +27,11 @@ GLOBAL = 12
 STEPS = 5
 
 # Two sums of the same float32 numbers in another order differ by some 1e-7 of their parts. Adam divides a
-gradient by # its size, so a parameter moves by up to LR a step; where gradients nearly cancel, a difference
-d of them shows as # LR·d/eps at most: with parts below 0.1 that is 1e-2·LR. SAME_LOSS = {"rtol": 0.0,
-"atol": 1e-5} SAME_GRADIENT = {"rtol": 1e-4, "atol": 1e-6} SAME_PARAMETER = {"rtol": 0.0, "atol": STEPS * LR
-* 1e-2}
+# gradient by its size, so a parameter moves by up to LR a step; where the parts of a gradient nearly cancel, a
+# difference d shows as LR·d/eps at most: with parts below 0.1 that is 1e-2·LR.
+SAME_LOSS = 1e-5
+SAME_GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
+SAME_PARAMETER = {"rtol": 0.0, "atol": STEPS * LR * 1e-2}
 
 
 def single() -> Communicator:
@@ -70,7 +72,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 class recorded_gradients:
-    """The gradients that optimizers in this block are given, one dictionary by parameter name for each step."""
+    """The gradients that optimizers in this block are given: for each step, by parameter name."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -91,9 +93,7 @@ class recorded_gradients:
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: dict[str, float]) -> None:
     assert found.keys() == expected.keys()
     for name in found:
-        torch.testing.assert_close(
-            found[name], expected[name], **tolerance, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        torch.testing.assert_close(found[name], expected[name], **tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def ddp_training(model: nn.Module, comm: Communicator) -> list[tuple[float, float]]:
@@ -130,7 +130,7 @@ def test_equals_ddp(run_ranks: RunRanks, ranks: int) -> None:
             with recorded_gradients(theirs) as their_gradients:
                 their_results = ddp_training(theirs, comm)
             for result, (loss, norm) in zip(our_results, their_results, strict=True):
-                assert result.loss == pytest.approx(loss, abs=1e-5)
+                assert result.loss == pytest.approx(loss, abs=SAME_LOSS)
                 assert result.grad_norm == pytest.approx(norm, rel=1e-4)
                 assert result.grad_norm > CLIP
             assert len(our_gradients) == len(their_gradients) == STEPS
@@ -155,7 +155,7 @@ def test_equals_one_process(run_ranks: RunRanks, ranks: int, micro: int) -> None
     replies = run_ranks(ranks, work)
     for results, parameters in replies:
         for found, wanted in zip(results, expected, strict=True):
-            assert found.loss == pytest.approx(wanted.loss, abs=1e-5)
+            assert found.loss == pytest.approx(wanted.loss, abs=SAME_LOSS)
             assert found.tokens == wanted.tokens == GLOBAL * MODEL.context
         assert_close(parameters, state(model), SAME_PARAMETER)
         assert_close(parameters, replies[0][1], {"rtol": 0, "atol": 0})  # the ranks agree bitwise
@@ -210,9 +210,7 @@ def test_accumulation_communicates_once(run_ranks: RunRanks) -> None:
 
     elements = sum(parameter.numel() for parameter in gpt().parameters())
     for once, six_micro_batches in run_ranks(2, work):
-        assert (
-            once == six_micro_batches == 4 * elements + 16
-        )  # 2·(N−1)/N = 1; loss and tokens are two doubles
+        assert once == six_micro_batches == 4 * elements + 16  # 2·(N−1)/N = 1; loss and tokens are two doubles
 
 
 class Recording(Communicator):
@@ -229,9 +227,7 @@ class Recording(Communicator):
 
 def test_collectives_overlap_the_backward_in_a_fixed_order() -> None:
     notes: list[str] = []
-    model = nn.Sequential(
-        nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False)
-    )
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False))
     engine = engine_of(model, Recording(notes), bucket_elements=1)
     for name, parameter in model.named_parameters():
         parameter.register_hook(lambda _, name=name: notes.append(f"gradient {name}"))  # type: ignore[no-untyped-call]

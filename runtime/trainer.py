@@ -132,8 +132,8 @@ class Trainer:
         )
         self._say(
             f"{self.job.name}: {self.parameters / 1e6:.2f} M parameters, {self.corpus_bytes / 1e6:.1f} MB "
-            f"of text, {self.comm.world_size} ranks × {self.layout.accumulation} × {self.layout.micro} samples of "
-            f"{self.job.sequence_length} bytes on {self.comm.device.type}"
+            f"of text, {self.comm.world_size} ranks × {self.layout.accumulation} × {self.layout.micro} samples "
+            f"of {self.job.sequence_length} bytes on {self.comm.device.type}"
         )
 
     def _report_step(

@@ -10,7 +10,7 @@ from dstrain.runtime.spec.config import GPTConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_INITIAL_STD = 0.02
+_EMBEDDING_STD = 0.02
 
 
 class Attention(nn.Module):
@@ -62,7 +62,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         self.head.weight = self.token.weight
-        self._initialise(config.layers)
+        self._initialise(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, time) int64, time ≤ context -> logits, (batch, time, vocabulary)."""
@@ -83,13 +83,18 @@ class GPT(nn.Module):
         return text
 
     @torch.no_grad()
-    def _initialise(self, layers: int) -> None:
-        """Normal weights; those that write to the residual stream are smaller, by the number of writers."""
+    def _initialise(self, config: GPTConfig) -> None:
+        """Normal weights of variance 1/inputs keep a signal's size through a matrix.
+
+        Those that write to the residual stream are smaller, by the number of writers. Embeddings start small.
+        """
         for name, parameter in self.named_parameters():
-            if parameter.dim() < 2:
-                continue
-            writes_residual = name.endswith(("attention.out.weight", "mlp.2.weight"))
-            parameter.normal_(0.0, _INITIAL_STD / (2 * layers) ** 0.5 if writes_residual else _INITIAL_STD)
+            if name in ("token.weight", "position.weight"):
+                parameter.normal_(0.0, _EMBEDDING_STD)
+            elif parameter.dim() == 2:
+                writes_residual = name.endswith(("attention.out.weight", "mlp.2.weight"))
+                writers = 2 * config.layers if writes_residual else 1
+                parameter.normal_(0.0, (parameter.shape[1] * writers) ** -0.5)
 
 
 def next_token_loss(logits: Tensor, samples: Tensor) -> Tensor:

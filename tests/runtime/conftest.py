@@ -18,7 +18,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-torch.set_num_threads(1)  # the ranks share the cores; and a forked process must not inherit a pool of threads
+torch.set_num_threads(1)  # the ranks share the cores, and a forked process must not inherit a pool of threads
+torch.optim.AdamW([torch.zeros(1)])  # imports torch._dynamo, which takes seconds: once here, not in each rank
 
 RunRanks = Callable[..., list[Any]]
 

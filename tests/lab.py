@@ -270,3 +270,17 @@ def _namespace(folder: Path, name: str, address: str, bridge: str, tag: str, pri
 def _only_child(pid: int) -> int:
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return int(text[0]) if text else 0
+
+
+VENV = Path(sys.executable).parent.parent
+
+
+def environment(pid: int) -> dict[str, str]:
+    """What the process was started with."""
+    pairs = (item.partition("=") for item in Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
+    return {name: value for name, _, value in pairs}
+
+
+def is_words(pid: int, first: str) -> bool:
+    """Is this the process's argv[0]?"""
+    return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[0].endswith(first)

@@ -82,12 +82,12 @@ class RunConfig(Section):
 
 
 class GPTConfig(Section):
-    """A decoder-only transformer: pre-norm, causal attention, learned positions."""
+    """A decoder-only transformer: pre-norm, causal attention, rotary positions."""
 
     layers: Count = Field(description="Transformer blocks.")
     width: Count = Field(description="Features of the residual stream; a multiple of `heads`.")
     heads: Count = Field(description="Attention heads.")
-    context: Count = Field(description="Longest sequence in tokens; one learned position each.")
+    context: Count = Field(description="Longest sequence in tokens.")
     vocabulary: Count = Field(default=BYTE_VALUES, description="Tokens known; 256 are the values of a byte.")
 
 

@@ -471,6 +471,7 @@ class Supervisor:
             run_id=self.run_id,
             host=host.name,
             python=worker_pythons(request, host),
+            python_named=bool(_named_python(request, host)),
             cwd=request.cwd,
             kind=request.target.kind,
             target=request.target.name,
@@ -498,11 +499,8 @@ def agent_pythons(request: Request, host: Host) -> list[str]:
 
 
 def worker_pythons(request: Request, host: Host) -> list[str]:
-    """Interpreters for the ranks: the one that was named, or the same path as here, or what the prologue brings."""
-    named = _named_python(request, host)
-    if named:
-        return named
-    return ["python3", "python"] if request.prologue else [_own_python(), "python3", "python"]
+    """Interpreters for the ranks: the one that was named, or the same path as here, or what PATH has."""
+    return _named_python(request, host) or [_own_python(), "python3", "python"]
 
 
 def _named_python(request: Request, host: Host) -> list[str]:

@@ -285,7 +285,7 @@ class Agent:
         except host_facts.PrologueError as problem:
             error, self.environment = str(problem), dict(os.environ)
         self.environment.update(own)
-        self.facts = facts = host_facts.gather(message, self.environment, error)
+        self.facts = facts = host_facts.gather(message, dict(os.environ), self.environment, error)
         if facts.slots:
             self.environment.setdefault("OMP_NUM_THREADS", str(max(1, facts.cores // facts.slots)))
         chosen = host_facts.chosen_gpus(message, facts.gpus)

@@ -62,7 +62,9 @@ def _after_prologue(prologue: str, cwd: str, login: dict[str, str]) -> dict[str,
     return {name: value for name, _, value in pairs if name != "DSTRAIN_PROLOGUE_FD"}
 
 
-def gather(prepare: Prepare, environment: dict[str, str], prologue_error: str | None) -> HostFacts:
+def gather(
+    prepare: Prepare, login: dict[str, str], environment: dict[str, str], prologue_error: str | None
+) -> HostFacts:
     """Everything that preflight and plan need to know of this host and that takes no import of torch."""
     gpus = count_gpus(environment)
     slots = prepare.slots
@@ -79,10 +81,18 @@ def gather(prepare: Prepare, environment: dict[str, str], prologue_error: str | 
         cwd=prepare.cwd if os.access(prepare.cwd, os.X_OK) and Path(prepare.cwd).is_dir() else None,
         target_sha256=_sha256(target) if target else None,
         target_path=str(target) if target else None,
-        python=find_python(prepare.python, environment),
+        python=find_python(_brought_python(prepare, login, environment) + prepare.python, environment),
         prologue_error=prologue_error,
         machine_id=_machine_id(),
     )
+
+
+def _brought_python(prepare: Prepare, login: dict[str, str], environment: dict[str, str]) -> list[str]:
+    """The python3 that the prologue has put first in PATH (`conda activate`, `module load python`), if it has."""
+    if prepare.python_named or not prepare.prologue:
+        return []
+    before, after = (shutil.which("python3", path=each.get("PATH")) for each in (login, environment))
+    return [after] if after and after != before else []
 
 
 def find_python(candidates: list[str], environment: dict[str, str]) -> str | None:

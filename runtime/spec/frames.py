@@ -51,6 +51,7 @@ class Prepare:
     run_id: str
     host: str
     python: list[str]  # interpreters to try for the workers, best first
+    python_named: bool  # by the user; else one that the prologue brings comes before all
     cwd: str
     kind: str  # script | module | program
     target: str

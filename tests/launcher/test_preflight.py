@@ -127,10 +127,19 @@ def test_prologue_that_fails_and_one_that_works(light, start, script, tmp_path):
     text = "import os; print(os.environ['FROM_PROLOGUE'])"
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / "job.py").write_text(text)
-    words = ["--hosts", "h1:1", "--prologue", "export FROM_PROLOGUE='a b'", "--python", sys.executable, "job.py"]
+    words = ["--hosts", "h1:1", "--prologue", "export FROM_PROLOGUE='a b'", "job.py"]
     run = start(*words, env=light.env, folder=tmp_path / "good")
     assert run.wait(30) == 0, run.err
     assert run.out == "[h1:0] a b\n"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text(f'#!/bin/sh\nFROM_PROLOGUE=brought exec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    words[3] = f"PATH={tmp_path}/bin:$PATH"
+    (tmp_path / "brought").mkdir()
+    (tmp_path / "brought" / "job.py").write_text(text)
+    run = start(*words, env=light.env, folder=tmp_path / "brought")
+    assert run.wait(30) == 0, run.err
+    assert run.out == "[h1:0] brought\n"
 
 
 def test_fixed_port_that_is_taken(light, start, script):

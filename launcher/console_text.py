@@ -106,7 +106,7 @@ class Folder:
 
     def flush(self) -> None:
         """Emit all whole lines. The head of the longest queue goes first, with every rank whose head is equal."""
-        queues = [source for source in self._sources.values() if source.lines]
+        queues = [source for _, source in sorted(self._sources.items()) if source.lines]
         while queues:
             text = max(queues, key=lambda source: len(source.lines)).lines[0]
             group = [source for source in queues if source.lines[0] == text]

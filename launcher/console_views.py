@@ -76,14 +76,19 @@ def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan, indent=2))
         return
-    print(f"run         {Target(**plan['target']).title}")
-    print(f"directory   {plan['cwd']}")
-    print(f"ranks       {plan['world_size']} on {_count(len(plan['nodes']), 'host')}")
-    print(f"rendezvous  {plan['master_address']}")
-    print(f"restarts    {plan['max_restarts']}, grace {plan['grace_s']:g} s")
+    _say(f"run         {Target(**plan['target']).title}")
+    _say(f"directory   {plan['cwd']}")
+    _say(f"ranks       {plan['world_size']} on {_count(len(plan['nodes']), 'host')}")
+    _say(f"rendezvous  {plan['master_address']}")
+    _say(f"restarts    {plan['max_restarts']}, grace {plan['grace_s']:g} s")
     for name, value in plan["environment"].items():
-        print(f"environment {name}={value}")
+        _say(f"environment {name}={value}")
     for node in plan["nodes"]:
         ranks = fold_numbers(spec["rank"] for spec in node["processes"]) or "none"
         gpus = f", GPUs {','.join(map(str, node['gpus']))}" if node["gpus"] is not None else ""
-        print(f"host        {node['host']} ({node['transport']}): ranks {ranks}{gpus}")
+        _say(f"host        {node['host']} ({node['transport']}): ranks {ranks}{gpus}")
+
+
+def _say(text: str) -> None:
+    """A line on stdout that may hold words of any bytes."""
+    print(escape(text).encode(errors="backslashreplace").decode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dstrain.launcher.run_dir import RunDir
 from dstrain.runtime.spec.frames import Stream
@@ -17,7 +17,7 @@ from dstrain.runtime.spec.frames import Stream
 
 @dataclass
 class LogFile:
-    """One open log. `index` names it towards the console; `length` is in bytes."""
+    """One log. `index` names it towards the console; `length` is in bytes; `fd`: None while nobody writes."""
 
     index: int
     attempt: int
@@ -25,8 +25,27 @@ class LogFile:
     rank: int
     stream: Stream
     path: str
-    fd: int
+    fd: int | None = None
     length: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def append(self, data: bytes) -> None:
+        """Write the bytes. Raises OSError with as much written as went."""
+        rest = memoryview(data)
+        with self.lock:
+            if self.fd is None:
+                self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            while rest:
+                written = os.write(self.fd, rest)
+                rest = rest[written:]
+                self.length += written
+
+    def close(self) -> None:
+        """Until somebody writes again: a process that was ended late may still have said something."""
+        with self.lock:
+            if self.fd is not None:
+                os.close(self.fd)
+                self.fd = None
 
 
 class LogFiles:
@@ -42,17 +61,17 @@ class LogFiles:
 
     def append(self, attempt: int, host: str, rank: int, stream: Stream, data: bytes) -> None:
         """Write the bytes; a full disk is told loudly, once, and the training goes on."""
-        log = self._files.get((attempt, rank, stream)) or self._open(attempt, host, rank, stream)
-        rest = memoryview(data)
+        log = self._files.get((attempt, rank, stream))
         try:
-            while rest:
-                written = os.write(log.fd, rest)
-                rest = rest[written:]
-                log.length += written
+            log = log or self._open(attempt, host, rank, stream)
+            log.append(data)
         except OSError as error:
             if not self._broken:
                 self._broken = True
-                self._on_error(f"logs cannot be written ({error.strerror}): {log.path}; output is being lost")
+                path = self._run.log(attempt, host, rank, stream)
+                self._on_error(f"logs cannot be written ({error.strerror}): {path}; output is being lost")
+        if log is None or not log.length:
+            return
         with self._lock:
             first = not self._grown
             self._grown.add(log.index)
@@ -62,9 +81,8 @@ class LogFiles:
     def _open(self, attempt: int, host: str, rank: int, stream: Stream) -> LogFile:
         path = self._run.log(attempt, host, rank, stream)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         with self._lock:
-            log = LogFile(len(self._by_index), attempt, host, rank, stream, str(path), fd)
+            log = LogFile(len(self._by_index), attempt, host, rank, stream, str(path))
             self._by_index.append(log)
             self._files[attempt, rank, stream] = log
         return log
@@ -87,6 +105,5 @@ class LogFiles:
     def close_attempt(self, attempt: int) -> None:
         """Close the files of an attempt that is over."""
         for key, log in list(self._files.items()):
-            if key[0] == attempt and log.fd >= 0:
-                os.close(log.fd)
-                log.fd = -1
+            if key[0] == attempt:
+                log.close()

@@ -222,23 +222,29 @@ def _check_name(name: str, where: str) -> None:
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """NAME=VALUE lines; `#` comments and empty lines are skipped, quotes around a whole value are taken off."""
+    """NAME=VALUE lines; `#` comments and empty lines are skipped, quotes around a whole value are taken off.
+
+    Any byte but NUL and newline stands for itself in a quoted value. An error never shows a line: it may be a secret.
+    """
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UsageError.mismatch("--env-file", "a file that can be read", f"{path}: {error.strerror}") from None
     values = {}
-    for number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip().removeprefix("export ")
+    for number, raw in enumerate(lines, 1):
+        line = os.fsdecode(raw).strip(" \t\r").removeprefix("export ")
         if not line or line.startswith("#"):
             continue
         name, equals, value = line.partition("=")
-        if not equals:
-            raise UsageError.mismatch(f"{path}:{number}", "NAME=VALUE", "a line without =")  # never show the line
-        _check_name(name.strip(), f"{path}:{number}")
+        name, where = name.strip(" \t"), f"{path}:{number}"
+        if not equals or not _NAME.fullmatch(name):
+            raise UsageError.mismatch(where, "NAME=VALUE", "a line without a name" if equals else "a line without =")
+        if "\0" in value:
+            raise UsageError.mismatch(where, "NAME=VALUE", "a NUL byte, which no environment can hold")
+        _check_name(name, where)
         if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
             value = value[1:-1]
-        values[name.strip()] = value
+        values[name] = value
     return values
 
 

@@ -12,10 +12,11 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
 from dstrain.runtime.spec.errors import UsageError
 
 T = TypeVar("T")
@@ -62,9 +63,7 @@ class Communicator:
             yield cls(0, 1, local_rank, device)
             return
         on_cuda = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo", timeout=TIMEOUT, device_id=device if on_cuda else None
-        )
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT, device_id=device if on_cuda else None)
         try:
             comm = cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
             yield comm
@@ -99,7 +98,7 @@ class Communicator:
             return [item]
         items: list[T | None] = [None] * self.world_size
         dist.all_gather_object(items, item)
-        return [each for each in items if each is not None]
+        return cast(list[T], items)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

@@ -30,10 +30,11 @@ from itertools import chain, takewhile
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from dstrain.runtime.comm import Communicator, Pending
 from dstrain.runtime.spec.config import OptimizerConfig
 from dstrain.runtime.spec.errors import NonFiniteError
-from torch import Tensor, nn
 
 _REMEDY = "a smaller optimizer.lr, a longer schedule.warmup_steps or train.clip may help"
 
@@ -180,9 +181,7 @@ class DataParallelEngine:
         if not math.isfinite(result.grad_norm):
             views = ((p, view) for bucket in self._buckets for p, view in bucket.views.items())
             names = [self._names[p] for p, view in views if not view.isfinite().all()]
-            where = (
-                f" (in {names[0]}, {len(names)} parameters in all)" if names else " (its square overflows)"
-            )
+            where = f" (in {names[0]}, {len(names)} parameters in all)" if names else " (its square overflows)"
             raise NonFiniteError(
                 f"step {step}: expected a finite gradient, found norm {result.grad_norm}{where}; {_REMEDY}"
             )

@@ -60,13 +60,16 @@ def _code_of(run: Callable[[], None]) -> int:
     return 0
 
 
+_MAIN = ("__main__", "__mp_main__")  # multiprocessing's other name for it
+
+
 def _clear_modules(names: list[str]) -> None:
     """Let go of the user's modules, newest first and `__main__` before them; clear what something still holds.
 
     As in CPython's finalize_modules: most modules die with the last reference to them, so that a `__del__` still
     sees its globals.
     """
-    held = [weakref.ref(sys.modules.pop(name)) for name in ["__main__", *reversed(names)] if name in sys.modules]
+    held = [weakref.ref(sys.modules.pop(name)) for name in [*_MAIN, *reversed(names)] if name in sys.modules]
     gc.collect()  # what the zygote had is frozen and not looked at
     for reference in held:
         namespace = getattr(reference(), "__dict__", {})

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dstrain.runtime.engine import StepResult
 
 
-def step_line(
-    step: int, steps: int, lr: float, result: StepResult, tokens_per_s: float, left_s: float
-) -> str:
+def step_line(step: int, steps: int, lr: float, result: StepResult, tokens_per_s: float, left_s: float) -> str:
     """One line of progress; grad is the global L2 norm before clipping."""
     return (
         f"step {step:>{len(str(steps))}}/{steps}  loss {result.loss:.4f}  lr {lr:.2e}  "

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from dstrain.runtime import progress
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.corpus import check_same_on_all_ranks, load_corpus, split
@@ -29,7 +31,6 @@ from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import DstrainError, UsageError
 from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.load import load_job, load_resolved
-from torch import Tensor
 
 SAMPLE_TEMPERATURE = 0.8
 """Of the text at the end: below 1, so that a small model's rare nonsense stays rare."""
@@ -102,9 +103,7 @@ class Trainer:
             batch = batch.to(self.comm.device)
             tokens = batch[:, 1:].numel()
             if tokens:
-                totals += torch.tensor(
-                    [next_token_loss(self.model(batch[:, :-1]), batch).item() * tokens, tokens]
-                )
+                totals += torch.tensor([next_token_loss(self.model(batch[:, :-1]), batch).item() * tokens, tokens])
         totals = totals.to(self.comm.device)
         self.comm.all_reduce(totals)
         self.model.train()
@@ -116,9 +115,7 @@ class Trainer:
         self.model.eval()
         prompt = torch.tensor(list(SAMPLE_PROMPT), device=self.comm.device)
         generator = torch.Generator().manual_seed(self.job.train.seed)
-        tokens: Tensor = self.model.generate(
-            prompt, self.job.train.sample_bytes, SAMPLE_TEMPERATURE, generator
-        )
+        tokens: Tensor = self.model.generate(prompt, self.job.train.sample_bytes, SAMPLE_TEMPERATURE, generator)
         return bytes(token % 256 for token in tokens.tolist()).decode(errors="replace")
 
     def _announce(self) -> None:
@@ -136,9 +133,7 @@ class Trainer:
             f"of {self.job.sequence_length} bytes on {self.comm.device.type}"
         )
 
-    def _report_step(
-        self, step: int, lr: float, result: StepResult, *, step_s: float, elapsed_s: float
-    ) -> None:
+    def _report_step(self, step: int, lr: float, result: StepResult, *, step_s: float, elapsed_s: float) -> None:
         steps = self.job.train.steps
         rate = result.tokens / step_s
         self.events.emit(
@@ -181,12 +176,8 @@ def _peak_memory_bytes(device: torch.device) -> int:
 
 def _job_of(arguments: Sequence[str] | None) -> JobConfig:
     parser = argparse.ArgumentParser(prog="python -m dstrain.runtime.trainer", allow_abbrev=False)
-    parser.add_argument(
-        "job", type=Path, nargs="?", help="job.yaml; without it, the job that DSTRAIN_JOB names"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="put over the file's value"
-    )
+    parser.add_argument("job", type=Path, nargs="?", help="job.yaml; without it, the job that DSTRAIN_JOB names")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="put over the file's value")
     options = parser.parse_args(arguments)
     if options.job is not None:
         return load_job(options.job, options.set)
@@ -194,9 +185,7 @@ def _job_of(arguments: Sequence[str] | None) -> JobConfig:
         raise UsageError("--set: expected a job.yaml to put it over, found none")
     resolved = os.environ.get("DSTRAIN_JOB")
     if not resolved:
-        raise UsageError(
-            "expected a job.yaml as the argument, or its resolved form in DSTRAIN_JOB, found neither"
-        )
+        raise UsageError("expected a job.yaml as the argument, or its resolved form in DSTRAIN_JOB, found neither")
     return load_resolved(Path(resolved))
 
 
@@ -207,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Communicator.connect() as comm:
             Trainer(job, comm, EventWriter.from_environment()).train()
     except DstrainError as error:
-        print(f"dstrain: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"dstrain: {error}\n")  # at once, where print would let another rank's line in between
         return int(error.exit_code)
     return 0
 

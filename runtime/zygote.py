@@ -50,14 +50,17 @@ MAX_DESCRIPTORS = 16
 _CUDA_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
-def main(control_fd: int, requirements: list[str]) -> None:
-    """Import, report, then fork on request until the agent closes the socket. In a rank: run its script."""
+def main(control_fd: int, requirements: list[str], optimizer: bool) -> None:
+    """Import, report, then fork on request until the agent closes the socket. In a rank: run its script.
+
+    optimizer: the target will make one, and the first one imports torch._dynamo: as much again as torch itself.
+    """
     agent = os.getppid()
     die_with_parent(agent)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     control = socket.socket(fileno=control_fd)
-    facts = _preload(requirements)
+    facts = _preload(requirements, optimizer)
     control.sendall(encode_message(facts))
     gc.collect()
     gc.freeze()  # the collector leaves the shared pages alone: they stay shared
@@ -69,7 +72,7 @@ def main(control_fd: int, requirements: list[str]) -> None:
         finish.run_and_finish(lambda: run_target(fork.kind, fork.target, fork.arguments))
 
 
-def _preload(requirements: list[str]) -> PreloadFacts:
+def _preload(requirements: list[str], optimizer: bool) -> PreloadFacts:
     """Import what the ranks will need. Every error becomes a fact: the agent reports it before any rank starts."""
     version = ".".join(map(str, sys.version_info[:3]))
     missing = [name for name in requirements if not _can_find(name)]
@@ -82,6 +85,9 @@ def _preload(requirements: list[str]) -> PreloadFacts:
             import numpy  # noqa: F401
         import torch
         import torch.distributed
+
+        if optimizer:
+            import torch._dynamo
     except BaseException:
         return PreloadFacts(version, None, missing, traceback.format_exc(limit=-3))
     finally:
@@ -210,18 +216,20 @@ def run_target(kind: str, target: str, arguments: list[str]) -> None:
 
     sys.excepthook = _show_without_us
     main_module = types.ModuleType("__main__")  # a fresh one: it can die at the end as an interpreter's does
-    sys.modules["__main__"] = main_module
-    namespace = main_module.__dict__
+    namespace, born_with = main_module.__dict__, sys.modules["__main__"].__dict__
+    namespace |= {name: born_with[name] for name in ("__annotations__", "__builtins__") if name in born_with}
+    sys.modules |= dict.fromkeys({"__main__", "__mp_main__"} & set(sys.modules), main_module)
     sys.argv = [target, *arguments]
     sys.orig_argv = [sys.executable, *(["-m"] if kind == "module" else []), *sys.argv]
     if kind == "module":
         _put_first_on_path(str(Path.cwd()))
         runpy._run_module_as_main(target)  # type: ignore[attr-defined]  # what `python -m` itself calls
-    elif get_importer(target) is not None:  # a zip file with a __main__.py
-        sys.path.insert(0, target)
+        return
+    path = os.path.abspath(target)  # noqa: PTH100 - as python has it in __file__: links are not resolved
+    if get_importer(path) is not None:  # a zip file with a __main__.py
+        sys.path.insert(0, path)
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
     else:
-        path = os.path.abspath(target)  # noqa: PTH100 - as python has it in __file__: links are not resolved
         _put_first_on_path(os.path.dirname(os.path.realpath(target)))  # noqa: PTH120 - as python has it
         namespace |= {"__file__": path, "__cached__": None, "__loader__": SourceFileLoader("__main__", path)}
         exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), namespace)

@@ -295,13 +295,14 @@ class Agent:
         self.environment["PYTHONPATH"] = ":".join(path for path in paths if path)
         self.tell(facts)
         if message.kind != "program" and facts.python and facts.cwd:
-            self._start_zygote(message, facts.python, facts.cwd)
+            self._start_zygote(message, facts.python)
         else:  # a program may need no torch at all: see _on_store_asked
             self.tell(frames.PreloadFacts(None, None))
 
-    def _start_zygote(self, message: frames.Prepare, python: str, cwd: str) -> None:
+    def _start_zygote(self, message: frames.Prepare, python: str) -> None:
         try:
-            self.zygote = Zygote(python, self.package_root, message.requirements, cwd, self.environment)
+            optimizer = host_facts.makes_an_optimizer(message)
+            self.zygote = Zygote(python, self.package_root, message, optimizer, self.environment)
         except OSError as error:
             self.tell(frames.PreloadFacts(None, None, error=str(error)))
             return
@@ -376,7 +377,7 @@ class Agent:
         assert self.facts is not None
         address, port, listener = self.waiting_store
         self.waiting_store = None
-        self._start_zygote(self.prepare, self._python(), self.prepare.cwd)
+        self._start_zygote(self.prepare, self._python())
         if self.zygote:
             self.zygote.hold_store(address, port, listener)
 

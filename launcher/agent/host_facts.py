@@ -104,6 +104,16 @@ def find_python(candidates: list[str], environment: dict[str, str]) -> str | Non
     return None
 
 
+def makes_an_optimizer(prepare: Prepare) -> bool:
+    """Our trainer does, and a script that speaks of one: then its import is shared by all ranks too."""
+    if prepare.kind != "script":
+        return prepare.job is not None
+    try:
+        return b"optim" in (Path(prepare.cwd) / prepare.target).read_bytes()
+    except OSError:
+        return False
+
+
 def count_gpus(environment: dict[str, str]) -> int:
     """GPUs that a rank here could use, without asking a driver (which takes seconds): device files or sysfs."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")

@@ -21,6 +21,7 @@ from dstrain.runtime.spec.frames import (
     Message,
     Output,
     PreloadFacts,
+    Prepare,
     ProcessSpec,
     Stream,
     encode_message,
@@ -73,19 +74,19 @@ class Zygote:
     """The process that has imported torch, and the socket to it."""
 
     def __init__(
-        self, python: str, package_root: str, requirements: list[str], cwd: str, environment: Mapping[str, str]
+        self, python: str, package_root: str, prepare: Prepare, optimizer: bool, environment: Mapping[str, str]
     ) -> None:
         ours, theirs = socket.socketpair()
         log_read, log_write = os.pipe()
         code = (
             f"import sys; sys.path[0] = {package_root!r}; from dstrain.runtime.zygote import main; "
-            f"main({theirs.fileno()}, {requirements!r})"
+            f"main({theirs.fileno()}, {prepare.requirements!r}, {optimizer})"
         )
         agent = os.getpid()
         try:
             self.process = subprocess.Popen(
                 [python, "-c", code, " " * 200],  # room for the title that each rank writes over it
-                cwd=cwd,
+                cwd=prepare.cwd,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log_write,

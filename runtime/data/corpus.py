@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.spec.config import DataConfig
 from dstrain.runtime.spec.errors import UsageError
-from torch import Tensor
 
 STRETCH_BYTES = 1 << 20
 """The held-out part is the end of each stretch of this length, so that it is like the rest of the corpus."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from dstrain.runtime.spec.errors import UsageError
 from torch import Tensor
+
+from dstrain.runtime.spec.errors import UsageError
 
 
 @dataclass(frozen=True)

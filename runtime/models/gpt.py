@@ -106,7 +106,7 @@ def rotary(context: int, head_width: int) -> Tensor:
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """x, (…, time, head width), its halves taken as coordinates of points in planes, turned by their position."""
     cosine, sine = rotation
-    first, second = x.chunk(2, dim=-1)  # type: ignore[no-untyped-call] # torch's
+    first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 
 

@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from dstrain.runtime.spec.errors import ConfigError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dstrain.runtime.spec.errors import ConfigError
 
 BYTE_VALUES = 256
 """Tokens of the format `bytes`: each byte of the corpus is one token."""
 
 Count = Annotated[int, Field(ge=1)]
 NonNegativeCount = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -37,9 +39,7 @@ class Contradictions(ValueError):
     """All contradictions of one configuration; the loader gives each its place in the file."""
 
     def __init__(self, found: list[Contradiction]) -> None:
-        super().__init__(
-            "; ".join(f"{'.'.join(c.key)}: expected {c.expected}, found {c.found}" for c in found)
-        )
+        super().__init__("; ".join(f"{'.'.join(c.key)}: expected {c.expected}, found {c.found}" for c in found))
         self.found = found
 
 
@@ -52,9 +52,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where and how the workers start; the launcher reads it, the runtime does not."""
 
-    hostfile: Path | None = Field(
-        default=None, description="File of hosts; without it and `hosts`, this machine."
-    )
+    hostfile: Path | None = Field(default=None, description="File of hosts; without it and `hosts`, this machine.")
     hosts: str | None = Field(default=None, description="Hosts in place of a file, such as 'a:4,gpu[1-3]:8'.")
     nproc_per_node: Count | Literal["auto"] | None = Field(
         default=None,
@@ -67,9 +65,7 @@ class RunConfig(Section):
     cwd: Path | None = Field(
         default=None, description="Working directory on every host; by default the same path as here."
     )
-    python: str | None = Field(
-        default=None, description="Interpreter on every host; by default the one of the host."
-    )
+    python: str | None = Field(default=None, description="Interpreter on every host; by default the one of the host.")
     prologue: str | None = Field(
         default=None, description="Shell line to run before a host's workers: 'module load cuda'."
     )
@@ -85,7 +81,7 @@ class GPTConfig(Section):
     """A decoder-only transformer: pre-norm, causal attention, rotary positions."""
 
     layers: Count = Field(description="Transformer blocks.")
-    width: Count = Field(description="Features of the residual stream; a multiple of `heads`.")
+    width: Count = Field(description="Features of the residual stream; a multiple of 2 × `heads`.")
     heads: Count = Field(description="Attention heads.")
     context: Count = Field(description="Longest sequence in tokens.")
     vocabulary: Count = Field(default=BYTE_VALUES, description="Tokens known; 256 are the values of a byte.")
@@ -105,9 +101,7 @@ class DataConfig(Section):
         description="File, or folder read in sorted order. By default the Python standard library's source: "
         "real text that is on every host.",
     )
-    format: Literal["bytes"] = Field(
-        default="bytes", description="How the corpus becomes tokens: one byte, one token."
-    )
+    format: Literal["bytes"] = Field(default="bytes", description="How the corpus becomes tokens: one byte, one token.")
     sequence_length: Count | None = Field(
         default=None, description="Tokens of one sample; by default the model's whole context."
     )
@@ -115,7 +109,7 @@ class DataConfig(Section):
         default=0.05,
         description="Share of the corpus held out; 0.05 of a few megabytes measures the loss to about 0.01.",
     )
-    seed: NonNegativeCount = Field(default=0, description="Order of the samples.")
+    seed: Seed = Field(default=0, description="Order of the samples.")
 
 
 class BatchConfig(Section):
@@ -142,9 +136,7 @@ class BatchConfig(Section):
 class ZeroConfig(Section):
     """How the training state is spread over the data ranks."""
 
-    stage: Literal[0] = Field(
-        default=0, description="0: every rank holds everything, gradients are all-reduced."
-    )
+    stage: Literal[0] = Field(default=0, description="0: every rank holds everything, gradients are all-reduced.")
     bucket_elements: Count = Field(
         default=1 << 20,
         description="Gradient elements of one all-reduce: small enough to start early in the backward, large "
@@ -162,9 +154,7 @@ class OptimizerConfig(Section):
     """The optimizer; defaults usual for transformers (Loshchilov and Hutter 2019, Brown et al. 2020)."""
 
     name: Literal["adamw"] = Field(default="adamw", description="AdamW, fused.")
-    lr: Positive = Field(
-        default=1e-3, description="Peak learning rate; 1e-3 suits models of a few million parameters."
-    )
+    lr: Positive = Field(default=1e-3, description="Peak learning rate; 1e-3 suits models of a few million parameters.")
     betas: tuple[MomentDecay, MomentDecay] = Field(
         default=(0.9, 0.95),
         description="Decay of the two moments; 0.95 recovers faster than 0.999 from a bad batch.",
@@ -177,7 +167,10 @@ class ScheduleConfig(Section):
     """The learning rate over the steps."""
 
     name: Literal["cosine", "constant"] = Field(default="cosine", description="Shape after the warm-up.")
-    warmup_steps: NonNegativeCount = Field(default=0, description="Steps of linear rise from 0 to the peak.")
+    warmup_steps: NonNegativeCount = Field(
+        default=0,
+        description="Steps of linear rise from 0 to the peak; it may be longer than the training, for a quick try.",
+    )
     minimum_ratio: Fraction | None = Field(
         default=None,
         description="Last learning rate ÷ peak, of `cosine`; by default 0.1 (Hoffmann et al. 2022).",
@@ -192,19 +185,13 @@ class TrainConfig(Section):
         default=1.0,
         description="Largest global L2 norm of the gradient; null never clips. 1.0 is usual.",
     )
-    eval_every: Count | None = Field(
-        default=None, description="Steps between validations; by default only at the end."
-    )
+    eval_every: Count | None = Field(default=None, description="Steps between validations; by default only at the end.")
     eval_samples: Count = Field(
         default=256,
         description="Validation samples, evenly spaced over the held-out part; always the same ones.",
     )
-    seed: NonNegativeCount = Field(
-        default=0, description="Initial parameters and everything random but the data's order."
-    )
-    sample_bytes: NonNegativeCount = Field(
-        default=200, description="Bytes of text to generate at the end; 0 for none."
-    )
+    seed: Seed = Field(default=0, description="Initial parameters and everything random but the data's order.")
+    sample_bytes: NonNegativeCount = Field(default=200, description="Bytes of text to generate at the end; 0 for none.")
 
 
 class LogConfig(Section):
@@ -241,9 +228,10 @@ class JobConfig(Section):
 
 
 def _contradictions(job: JobConfig) -> Iterator[Contradiction]:
-    gpt, batch, train, schedule = job.model.gpt, job.batch, job.train, job.schedule
-    if gpt.width % gpt.heads:
-        yield Contradiction(("model", "gpt", "width"), f"a multiple of heads = {gpt.heads}", str(gpt.width))
+    gpt, batch, schedule = job.model.gpt, job.batch, job.schedule
+    if gpt.width % (2 * gpt.heads):
+        even = f"a multiple of 2 × heads = {2 * gpt.heads} (a head's width is even)"
+        yield Contradiction(("model", "gpt", "width"), even, str(gpt.width))
     if gpt.vocabulary < BYTE_VALUES:
         yield Contradiction(
             ("model", "gpt", "vocabulary"),
@@ -257,13 +245,7 @@ def _contradictions(job: JobConfig) -> Iterator[Contradiction]:
             str(job.sequence_length),
         )
     if batch.global_ % batch.micro:
-        yield Contradiction(
-            ("batch", "global"), f"a multiple of batch.micro = {batch.micro}", str(batch.global_)
-        )
-    if schedule.warmup_steps > train.steps:
-        yield Contradiction(
-            ("schedule", "warmup_steps"), f"at most train.steps = {train.steps}", str(schedule.warmup_steps)
-        )
+        yield Contradiction(("batch", "global"), f"a multiple of batch.micro = {batch.micro}", str(batch.global_))
     if schedule.name == "constant" and schedule.minimum_ratio is not None:
         yield Contradiction(
             ("schedule", "minimum_ratio"), "no such key with name: constant", str(schedule.minimum_ratio)

@@ -154,9 +154,7 @@ class Document:
             where = self._place_of(mark.line + 1, mark.column + 1) if mark else self.places[()]
             self._problem((), f"expected plain YAML, found {error.problem}", at or where)
         except yaml.YAMLError as error:
-            self._problem(
-                (), f"expected plain YAML, found {str(error).splitlines()[0]}", at or self.places[()]
-            )
+            self._problem((), f"expected plain YAML, found {str(error).splitlines()[0]}", at or self.places[()])
         return None
 
     def _plain(self, node: yaml.Node, path: KeyPath, at: Place | None) -> Any:
@@ -165,9 +163,7 @@ class Document:
             try:
                 return _scalar(node)
             except ValueError:
-                self._problem(
-                    path, f"expected a value that its tag allows, found {show(node.value)}", self.place(path)
-                )
+                self._problem(path, f"expected a value that its tag allows, found {show(node.value)}", self.place(path))
                 return None
         if isinstance(node, yaml.SequenceNode):
             items = [(index, item, item) for index, item in enumerate(node.value)]
@@ -178,15 +174,11 @@ class Document:
             if key in values:
                 first = self.places[*path, key].line
                 again = at or self._place_of(key_node.start_mark.line + 1, key_node.start_mark.column + 1)
-                self._problem(
-                    (*path, key), f"expected each key once, found it again (first in line {first})", again
-                )
+                self._problem((*path, key), f"expected each key once, found it again (first in line {first})", again)
             values[key] = self._child(path, key, key_node, value_node, at)
         return values
 
-    def _child(
-        self, path: KeyPath, key: str | int, marked: yaml.Node, node: yaml.Node, at: Place | None
-    ) -> Any:
+    def _child(self, path: KeyPath, key: str | int, marked: yaml.Node, node: yaml.Node, at: Place | None) -> Any:
         inner = (*path, key)
         self.places[inner] = at or self._place_of(marked.start_mark.line + 1, marked.start_mark.column + 1)
         return self._plain(node, inner, at)

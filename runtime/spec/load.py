@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
 from dstrain.runtime.spec.config import Contradictions, JobConfig
 from dstrain.runtime.spec.document import Document, KeyPath, show
 from dstrain.runtime.spec.errors import ConfigError
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -45,9 +46,7 @@ def load_resolved(path: Path) -> JobConfig:
     except OSError as error:
         raise ConfigError(f"{path}: expected the resolved job, found: {error.strerror}") from None
     except ValidationError as error:
-        raise ConfigError(
-            f"{path}: expected a job resolved by this version of dstrain, found {error}"
-        ) from None
+        raise ConfigError(f"{path}: expected a job resolved by this version of dstrain, found {error}") from None
 
 
 def _validated(document: Document) -> JobConfig | None:
@@ -71,9 +70,7 @@ def _messages(errors: Sequence[ErrorDetails], values: Mapping[str, Any]) -> Iter
         path, found = _locate(error, values)
         cause = error.get("ctx", {}).get("error")
         if isinstance(cause, Contradictions):
-            yield from (
-                (clash.key, f"expected {clash.expected}, found {clash.found}") for clash in cause.found
-            )
+            yield from ((clash.key, f"expected {clash.expected}, found {clash.found}") for clash in cause.found)
         elif error["type"] == "extra_forbidden":
             yield path, _unknown_key(path)
         else:
@@ -90,9 +87,7 @@ def _locate(error: ErrorDetails, values: Mapping[str, Any]) -> tuple[KeyPath, st
     path: KeyPath = ()
     value: Any = values
     for part in error["loc"]:
-        if part in (
-            value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-        ):
+        if part in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
             path, value = (*path, part), value[part]
     if error["type"] == "missing":
         return (*path, error["loc"][-1]), "none"
@@ -135,13 +130,13 @@ def _expected(error: ErrorDetails) -> str:
         case "literal_error":
             return str(limits["expected"])
         case "greater_than":
-            return f"more than {limits['gt']:g}"
+            return f"more than {limits['gt']:.15g}"
         case "greater_than_equal":
-            return f"at least {limits['ge']:g}"
+            return f"at least {limits['ge']:.15g}"
         case "less_than":
-            return f"less than {limits['lt']:g}"
+            return f"less than {limits['lt']:.15g}"
         case "less_than_equal":
-            return f"at most {limits['le']:g}"
+            return f"at most {limits['le']:.15g}"
         case _:
             return error["msg"]
 

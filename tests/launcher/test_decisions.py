@@ -7,6 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from dstrain.launcher import preflight
 from dstrain.launcher.cli.run import split_target
 from dstrain.launcher.hostfile import Host
@@ -15,8 +18,6 @@ from dstrain.launcher.request import RunOptions, build_request, read_env_file
 from dstrain.launcher.root_cause import Failure, root_cause, traceback_of
 from dstrain.runtime.spec.errors import UnreachableError, UsageError
 from dstrain.runtime.spec.frames import Dialled, HostFacts, Listening, PreloadFacts
-from hypothesis import given
-from hypothesis import strategies as st
 
 PEER = "Traceback (most recent call last):\n  File 'x'\nRuntimeError: [gloo] Connection closed by peer [10.0.0.1]:2\n"
 OWN = "Traceback (most recent call last):\n  File 'x'\nValueError: mine\n"

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 
-import lab
 import pytest
+
+import lab
 
 pytestmark = pytest.mark.lab
 

@@ -42,7 +42,7 @@ def run_ranks(monkeypatch: pytest.MonkeyPatch) -> RunRanks:
             "TORCHELASTIC_USE_AGENT_STORE": True,
         }.items():
             monkeypatch.setenv(name, str(value))
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined] # public, but not in __all__
             "127.0.0.1",
             port,
             is_master=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,12 +26,21 @@ CLIP = 0.2  # below the norms of these models: every step clips
 GLOBAL = 12
 STEPS = 5
 
+
+class Tolerance(NamedTuple):
+    """As torch.testing.assert_close has it."""
+
+    rtol: float
+    atol: float
+
+
 # Two sums of the same float32 numbers in another order differ by some 1e-7 of their parts. Adam divides a
 # gradient by its size, so a parameter moves by up to LR a step; where the parts of a gradient nearly cancel, a
 # difference d shows as LR·d/eps at most: with parts below 0.1 that is 1e-2·LR.
 SAME_LOSS = 1e-5
-SAME_GRADIENT = {"rtol": 1e-4, "atol": 1e-6}
-SAME_PARAMETER = {"rtol": 0.0, "atol": STEPS * LR * 1e-2}
+SAME_GRADIENT = Tolerance(rtol=1e-4, atol=1e-6)
+SAME_PARAMETER = Tolerance(rtol=0.0, atol=STEPS * LR * 1e-2)
+BITWISE = Tolerance(rtol=0.0, atol=0.0)
 
 
 def single() -> Communicator:
@@ -90,10 +99,11 @@ class recorded_gradients:
         self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: dict[str, float]) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: Tolerance) -> None:
     assert found.keys() == expected.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], **tolerance, msg=lambda text, n=name: f"{n}: {text}")
+    for name, value in found.items():
+        rtol, atol = tolerance
+        torch.testing.assert_close(value, expected[name], rtol=rtol, atol=atol, msg=f"{name} differs")
 
 
 def ddp_training(model: nn.Module, comm: Communicator) -> list[tuple[float, float]]:
@@ -110,7 +120,7 @@ def ddp_training(model: nn.Module, comm: Communicator) -> list[tuple[float, floa
     for step in range(STEPS):
         mine = batch(step)[comm.rank :: comm.world_size]
         loss = next_token_loss(ddp(mine[:, :-1]), mine)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -158,7 +168,7 @@ def test_equals_one_process(run_ranks: RunRanks, ranks: int, micro: int) -> None
             assert found.loss == pytest.approx(wanted.loss, abs=SAME_LOSS)
             assert found.tokens == wanted.tokens == GLOBAL * MODEL.context
         assert_close(parameters, state(model), SAME_PARAMETER)
-        assert_close(parameters, replies[0][1], {"rtol": 0, "atol": 0})  # the ranks agree bitwise
+        assert_close(parameters, replies[0][1], BITWISE)  # the ranks agree bitwise
 
 
 class Branches(nn.Module):
@@ -170,7 +180,8 @@ class Branches(nn.Module):
         self.branches = nn.ModuleList(nn.Linear(4, 1) for _ in range(3))
 
     def forward(self, x: Tensor, branch: int) -> Tensor:
-        return self.branches[branch](self.shared(x)).square().mean()
+        loss: Tensor = self.branches[branch](self.shared(x)).square().mean()
+        return loss
 
 
 def test_unused_parameters_count_as_zero(run_ranks: RunRanks) -> None:
@@ -194,7 +205,7 @@ def test_unused_parameters_count_as_zero(run_ranks: RunRanks) -> None:
     assert wanted["branches.0.weight"].abs().sum() > 0
     assert not first[0]["branches.2.weight"].any()
     for found, other in zip(first, second, strict=True):
-        assert_close(found, other, {"rtol": 0, "atol": 0})
+        assert_close(found, other, BITWISE)
 
 
 def test_accumulation_communicates_once(run_ranks: RunRanks) -> None:
@@ -259,22 +270,24 @@ def test_buffers_and_frozen_parameters_start_as_rank_zero_has_them(run_ranks: Ru
     def work(rank: int) -> dict[str, Tensor]:
         with Communicator.connect() as comm:
             torch.manual_seed(rank)
-            model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-            model[0].bias.requires_grad_(False)
-            model[1].running_mean.fill_(rank + 1)
+            linear, norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+            linear.bias.requires_grad_(False)
+            assert norm.running_mean is not None
+            norm.running_mean.fill_(rank + 1)
+            model = nn.Sequential(linear, norm)
             engine_of(model, comm)
             return {name: value.clone() for name, value in model.state_dict().items()}
 
     first, second = run_ranks(2, work)
-    assert_close(second, first, {"rtol": 0, "atol": 0})
+    assert_close(second, first, BITWISE)
 
 
 def broken(model: nn.Module, where: str) -> Tensor:
-    loss = model(torch.ones(2, 4)).mean()
+    loss: Tensor = model(torch.ones(2, 4)).mean()
     if where == "loss":
-        return loss * float("nan")
-    if where == "gradient":  # finite itself; its slope is not
-        return loss + torch.sqrt(model[0].weight[0, 0] * 0)
+        loss = loss * float("nan")
+    if where == "gradient":  # the square root of 0 is finite, its slope is not
+        loss = loss + torch.sqrt(next(model.parameters())[0, 0] * 0)
     return loss
 
 

@@ -22,9 +22,10 @@ def test_cosine_is_torchs_after_a_linear_warmup() -> None:
         assert lr_ratio(config, step, steps) == pytest.approx(theirs.get_last_lr()[0])
 
 
-def test_cosine_ends_at_a_tenth_by_default_even_when_it_is_all_warmup() -> None:
+def test_cosine_ends_at_a_tenth_by_default_or_earlier_in_its_warmup() -> None:
     assert lr_ratio(ScheduleConfig(), 100, 100) == pytest.approx(0.1)
     assert lr_ratio(ScheduleConfig(warmup_steps=5), 5, 5) == 1.0
+    assert lr_ratio(ScheduleConfig(warmup_steps=8), 2, 2) == 0.25
 
 
 def test_constant() -> None:

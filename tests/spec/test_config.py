@@ -43,7 +43,7 @@ def test_examples_load_and_survive_the_way_to_a_worker(path: Path, tmp_path: Pat
 def test_configuration_is_frozen() -> None:
     run = RunConfig()
     with pytest.raises(ValidationError, match="frozen"):
-        run.max_restarts = 3  # type: ignore[misc]
+        run.max_restarts = 3
 
 
 @pytest.mark.parametrize(("ranks", "accumulation"), [(1, 12), (2, 6), (3, 4), (12, 1)])

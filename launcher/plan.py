@@ -177,5 +177,5 @@ def attempt_environment(
         "DSTRAIN_ATTEMPT": str(attempt),
     }
     if interface:
-        values |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        values |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}  # "=": not its namesakes
     return values

@@ -139,8 +139,11 @@ class HostSession:
         answer = lines.next()
         if answer == "need":
             connection.write(self._bundle.archive)
-        elif answer != "have":
-            raise HostError(self.host.name, (answer or "").removeprefix("error "), "look at the home folder there")
+            answer = lines.next()
+        if answer not in ("have", "installed"):
+            raise HostError(
+                self.host.name, (answer or "it broke off").removeprefix("error "), "look at the home folder there"
+            )
         return lines.rest
 
     def _await_marker(self, lines: _Lines, marker: str, connection: Connection) -> str:

@@ -91,12 +91,12 @@ def _flush() -> bool:
     """False when standard output could not be written."""
     written = True
     for stream in (sys.stdout, sys.stderr):
+        if stream is None or getattr(stream, "closed", False):
+            continue
         try:
             stream.flush()
-        except (OSError, ValueError):
-            written = stream is sys.stderr
-        except AttributeError:
-            pass  # the script has set it to None
+        except (OSError, ValueError, AttributeError):
+            written = written and stream is not sys.stdout
     with contextlib.suppress(OSError):
         ctypes.CDLL(None).fflush(None)
     return written

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import shutil
 import signal
 import socket
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +24,7 @@ from typing import Any, NoReturn
 from dstrain.launcher.agent import host_facts, processes, rendezvous, watch
 from dstrain.launcher.agent.outbox import Outbox
 from dstrain.launcher.agent.workers import (
+    PIPE_BYTES,
     Worker,
     Zygote,
     ask_to_end,
@@ -35,7 +39,14 @@ from dstrain.runtime.spec.linux import become_subreaper
 HEARTBEAT_S = 1.0
 LEASE_S = 12.0  # silence of the head after which a cut-off host ends its ranks (the promise: within 20 s)
 READ_BYTES = 1 << 18
+DRAIN_READS = PIPE_BYTES // READ_BYTES + 1  # what a pipe can hold when its rank ends; a grandchild may go on writing
+LAST_WORDS_S = 1.0
 STACK_WAIT_S = 0.3
+OOM_TICKS = 3  # a kill by the kernel is one of the last seconds; a neighbour's of yesterday is not ours
+
+
+class WardenGoneError(Exception):
+    """The warden was killed; whoever of the two survives ends the job."""
 
 
 class HeadGoneError(Exception):
@@ -46,20 +57,22 @@ def main(package_root: str, work: str, warden: int, warden_alive: int) -> NoRetu
     """Run as agent until the job is over; exits 0 only after a clean sweep."""
     become_subreaper()
     agent = Agent(package_root, Path(work), warden, warden_alive)
-    code = 0
+    reason = None
     try:
         agent.run()
     except HeadGoneError:
-        code = 0  # ending the job is what the head's absence asks for
+        pass  # ending the job is what the head's absence asks for
+    except WardenGoneError:
+        reason = "the warden was killed"
     except BaseException:
-        code = 1
-        import traceback
-
-        agent.tell_failure(traceback.format_exc())
-    left = processes.sweep(agent.cookies, [os.getpid(), warden])
+        reason = traceback.format_exc()
+    roots = [os.getpid(), *([warden] if os.getppid() == warden else [])]  # a dead warden's pid is anybody's
+    left = processes.sweep(agent.cookies, roots)
+    if reason:
+        agent.say_last(frames.AgentFailed(reason))
     if os.getppid() != warden:  # else the warden cleans up
         shutil.rmtree(work, ignore_errors=True)
-    os._exit(1 if left else code)
+    os._exit(1 if left or reason else 0)
 
 
 class Agent:
@@ -79,7 +92,7 @@ class Agent:
         self.watches: dict[int, watch.Watch] = {}
         self.attempt = -1
         self.all_ended_told = True
-        self.oom_baseline = 0
+        self.oom_seen = deque([0], maxlen=OOM_TICKS)
         self.kill_at: float | None = None
         self.stacks_at: float | None = None
         self.closing = False
@@ -171,14 +184,14 @@ class Agent:
     def tell(self, message: frames.Message) -> None:
         self.outbox.message(message)
 
-    def tell_failure(self, reason: str) -> None:
-        """Last words: best effort, blocking."""
-        try:
-            os.set_blocking(1, True)
-            self.tell(frames.AgentFailed(reason))
-            self.outbox.flush()
-        except OSError:
-            pass
+    def say_last(self, message: frames.Message) -> None:
+        """Last words, behind the sweep: as much as the way to the head takes within a second."""
+        self.tell(message)
+        deadline = time.monotonic() + LAST_WORDS_S
+        with contextlib.suppress(OSError):
+            while self.outbox.pending and (left := deadline - time.monotonic()) > 0:
+                select.select([], [1], [], left)
+                self.outbox.flush()
 
     # --- what wakes us ---------------------------------------------------------------------------------------
 
@@ -198,10 +211,7 @@ class Agent:
         self.heard_at = time.monotonic()  # what took long (a prologue) was our time, not the head's silence
 
     def _on_warden_gone(self, fd: int) -> None:
-        self.selector.unregister(fd)
-        self.tell_failure("the warden was killed")
-        processes.sweep(self.cookies, [os.getpid()])
-        raise RuntimeError("the warden was killed")
+        raise WardenGoneError
 
     def _on_child(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -258,6 +268,13 @@ class Agent:
         self._close_pipe(worker, fd)
         return False
 
+    def _drain(self, worker: Worker) -> None:
+        """What lay in the pipes when the rank ended; whatever a grandchild adds comes in its turn."""
+        for fd in list(worker.pipes):
+            for _ in range(DRAIN_READS):
+                if fd not in worker.pipes or not self._read_pipe(worker, fd):
+                    break
+
     def _close_pipe(self, worker: Worker, fd: int) -> None:
         if fd in self.selector.get_map():
             self.selector.unregister(fd)
@@ -312,9 +329,15 @@ class Agent:
     def _zygote_gone(self) -> None:
         """The zygote ended: an error to report, unless the job is over. Its ranks died with it."""
         zygote, self.zygote = self.zygote, None
-        if zygote is None or self.closing:
+        if zygote is None:
             return
+        for fd in (zygote.socket.fileno(), zygote.log_fd):
+            if fd in self.selector.get_map():
+                self.selector.unregister(fd)
         zygote.read_log()
+        zygote.close()
+        if self.closing:
+            return
         said = zygote.log.decode(errors="replace").strip()
         how = f"the process that holds torch ended with status {zygote.process.returncode}"
         if not zygote.ready:
@@ -350,7 +373,7 @@ class Agent:
     def _do_start(self, message: frames.Start) -> None:
         self._forget_attempt()
         self.attempt, self.all_ended_told, self.kill_at = message.attempt, False, None
-        self.oom_baseline = oom_kills()
+        self.oom_seen = deque([oom_kills()], maxlen=OOM_TICKS)
         if message.serve_store:
             self._serve_store(message)
         self._close_listeners()
@@ -444,20 +467,21 @@ class Agent:
         if worker is None or worker.pid != pid or worker.status is not None:
             return  # the store, or a rank of an attempt before this one
         worker.status = status
-        for fd in list(worker.pipes):
-            while fd in worker.pipes and self._read_pipe(worker, fd):
-                pass
+        self._drain(worker)
         killed = status == -signal.SIGKILL and not worker.signalled
-        out_of_memory = killed and oom_kills() > self.oom_baseline
+        out_of_memory = killed and oom_kills() > self.oom_seen[0]
         self.tell(frames.Exited(rank, status, time.time_ns(), out_of_memory))
         self._check_all_ended()
 
     def _check_all_ended(self) -> None:
+        """All ranks here have ended by themselves: other hosts' may still need the store."""
         if all(worker.status is not None for worker in self.workers.values()):
-            self._end_attempt()
+            self._end_attempt(keep_store=True)
 
-    def _end_attempt(self) -> None:
+    def _end_attempt(self, keep_store: bool = False) -> None:
         """Kill whatever of the attempt is left (grandchildren, daemons, the store), then say so, once."""
+        if not keep_store:
+            self._end_store()
         if self.all_ended_told:
             return
         self.kill_at = None
@@ -472,13 +496,12 @@ class Agent:
 
     def _rank_ended_by_sweep(self, rank: int, worker: Worker) -> None:
         worker.status = -signal.SIGKILL
-        for fd in list(worker.pipes):
-            while fd in worker.pipes and self._read_pipe(worker, fd):
-                pass
+        self._drain(worker)
         self.tell(frames.Exited(rank, worker.status, time.time_ns(), swept=True))
 
     def _sweep_attempt(self) -> None:
         keep = {self.zygote.process.pid} if self.zygote else set()
+        keep |= {self.store_pid} if self.store_pid else set()
         deadline = time.monotonic() + 5.0
         while time.monotonic() < deadline:
             left = processes.members(self.cookies, [os.getpid(), self.warden]) - keep
@@ -487,9 +510,14 @@ class Agent:
             for pid in left:
                 processes.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
-        self.store_pid = None
+
+    def _end_store(self) -> None:
+        if self.store_pid:
+            processes.kill(self.store_pid, signal.SIGKILL)
+            self.store_pid = None
 
     def _forget_attempt(self) -> None:
+        self._end_store()
         if self.waiting_store:
             self.selector.unregister(self.waiting_store[2].fileno())
             self.waiting_store[2].close()
@@ -501,6 +529,7 @@ class Agent:
         self.workers, self.watches = {}, {}
 
     def _look_at_ranks(self, now: float) -> None:
+        self.oom_seen.append(oom_kills())
         running = {rank: worker for rank, worker in self.workers.items() if worker.running}
         for rank, worker in running.items():
             self.watches[rank].look(worker.pid or 0, worker.output_bytes, now)

@@ -64,43 +64,54 @@ def is_ours(root, digest):
         return False
 
 
-def cache_folder():
+def cache_folders():
+    """Where the package may lie, best first: private folders of ours that can be written."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     for folder in (os.path.join(base, "dstrain"), os.path.join(tempfile.gettempdir(), "dstrain-%d" % os.getuid())):
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            state = os.lstat(folder)
-            if state.st_uid == os.getuid() and os.access(folder, os.W_OK):
+            if os.lstat(folder).st_uid == os.getuid() and os.access(folder, os.W_OK):
                 os.chmod(folder, 0o700)
-                return folder
+                yield folder
         except OSError:
             continue
-    say("error no folder for the package: neither ~/.cache nor the temporary folder can be written\n")
-    sys.exit(1)
 
 
 def unpack(package, digest, root):
+    """Write the package beside `root` and rename it there; nothing is left when that fails."""
     fresh = tempfile.mkdtemp(dir=os.path.dirname(root))
-    with tarfile.open(fileobj=io.BytesIO(package)) as archive:
-        for member in archive.getmembers():
-            if not member.isfile() or member.name.startswith("/") or ".." in member.name.split("/"):
-                raise ValueError(member.name)
-            path = os.path.join(fresh, member.name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(archive.extractfile(member).read())
-    if tree_digest(fresh) != digest:
-        shutil.rmtree(fresh)
-        say("error the package arrived damaged\n")
-        sys.exit(1)
     try:
-        os.rename(fresh, root)
-    except OSError:  # another run was faster, or what is there is damaged
-        if is_ours(root, digest):
-            shutil.rmtree(fresh)
-        else:
-            os.rename(root, tempfile.mkdtemp(dir=os.path.dirname(root)) + "/damaged")
+        with tarfile.open(fileobj=io.BytesIO(package)) as archive:
+            for member in archive.getmembers():
+                if not member.isfile() or member.name.startswith("/") or ".." in member.name.split("/"):
+                    raise OSError("odd name in the package: " + member.name)
+                path = os.path.join(fresh, member.name)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(archive.extractfile(member).read())
+        if tree_digest(fresh) != digest:
+            raise OSError("the package arrived damaged")
+        try:
             os.rename(fresh, root)
+        except OSError:  # another run was faster, or what is there is damaged
+            if not is_ours(root, digest):
+                os.rename(root, tempfile.mkdtemp(dir=os.path.dirname(root)) + "/damaged")
+                os.rename(fresh, root)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def install(package, digest, folders):
+    """Into the first folder that takes it."""
+    problem = "neither ~/.cache nor the temporary folder can be written"
+    for folder in folders:
+        try:
+            unpack(package, digest, os.path.join(folder, digest))
+            return os.path.join(folder, digest)
+        except (OSError, tarfile.TarError) as error:
+            problem = "%s: %s" % (folder, error)
+    say("error no room for the package: " + problem + "\n")
+    sys.exit(1)
 
 
 def prune(folder):
@@ -119,12 +130,14 @@ def main():
     umask = os.umask(0o077)
     say("%s python %d.%d.%d\n" % ((MARKER,) + sys.version_info[:3]))
     digest, size = read_line()
-    root = os.path.join(cache_folder(), digest)
-    if is_ours(root, digest):
+    folders = list(cache_folders())
+    root = next((os.path.join(f, digest) for f in folders if is_ours(os.path.join(f, digest), digest)), None)
+    if root:
         say("have\n")
     else:
         say("need\n")
-        unpack(read_exactly(int(size)), digest, root)
+        root = install(read_exactly(int(size)), digest, folders)
+        say("installed\n")
     os.utime(root)
     prune(os.path.dirname(root))
     os.umask(umask)

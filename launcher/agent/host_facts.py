@@ -7,10 +7,13 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from dstrain.launcher.agent import rendezvous
 from dstrain.runtime.spec.frames import HostFacts, Prepare
@@ -31,35 +34,38 @@ def job_environment(prepare: Prepare, login: dict[str, str]) -> dict[str, str]:
 
 
 def _after_prologue(prologue: str, cwd: str, login: dict[str, str]) -> dict[str, str]:
-    """What `bash -l` has in its environment after the prologue (a login shell: `module` is defined there)."""
-    read, write = os.pipe()
-    script = f'{prologue}\n[ $? -eq 0 ] && exec env -0 >&"$DSTRAIN_PROLOGUE_FD"'
+    """What `bash -l` has in its environment after the prologue (a login shell: `module` is defined there).
+
+    Both outputs go to files: a pipe would wait for a daemon that the prologue starts, or fill up.
+    """
     shell = shutil.which("bash", path=login.get("PATH")) or "/bin/sh"
-    with os.fdopen(read, "rb") as reader:
+    with tempfile.NamedTemporaryFile() as found, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [shell, "-l", "-c", f'{prologue}\n[ $? -eq 0 ] && exec env -0 >"$DSTRAIN_PROLOGUE_OUT"'],
+            env={**login, "DSTRAIN_PROLOGUE_OUT": found.name},
+            cwd=cwd if Path(cwd).is_dir() else "/",
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
         try:
-            process = subprocess.Popen(
-                [shell, "-l", "-c", script],
-                env={**login, "DSTRAIN_PROLOGUE_FD": str(write)},
-                cwd=cwd if Path(cwd).is_dir() else "/",
-                pass_fds=[write],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        finally:
-            os.close(write)
-        try:
-            said, _ = process.communicate(timeout=PROLOGUE_TIMEOUT_S)
+            process.wait(PROLOGUE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             raise PrologueError(f"did not end within {PROLOGUE_TIMEOUT_S:.0f} s") from None
-        found = reader.read()
-    if process.returncode != 0 or not found:
-        last = os.fsdecode(said).strip().splitlines()
-        raise PrologueError(f"exit {process.returncode}: {last[-1] if last else 'it printed nothing'}")
-    pairs = (os.fsdecode(item).partition("=") for item in found.split(b"\0") if item)
-    return {name: value for name, _, value in pairs if name != "DSTRAIN_PROLOGUE_FD"}
+        environment, last = Path(found.name).read_bytes(), _last_line(said)
+    if process.returncode != 0 or not environment:
+        raise PrologueError(f"exit {process.returncode}: {last or 'it printed nothing'}")
+    pairs = (os.fsdecode(item).partition("=") for item in environment.split(b"\0") if item)
+    return {name: value for name, _, value in pairs if name != "DSTRAIN_PROLOGUE_OUT"}
+
+
+def _last_line(file: IO[bytes]) -> str:
+    file.seek(0)
+    lines = file.read().strip().splitlines()
+    return os.fsdecode(lines[-1]) if lines else ""
 
 
 def gather(
@@ -69,7 +75,8 @@ def gather(
     gpus = count_gpus(environment)
     slots = prepare.slots
     if slots is None:
-        slots = len(chosen_gpus(prepare, gpus) or range(gpus)) or prepare.fallback_slots
+        chosen = chosen_gpus(prepare, gpus)
+        slots = len(chosen) if chosen is not None else gpus or prepare.fallback_slots
     target = _target_path(prepare, environment)
     return HostFacts(
         hostname=socket.gethostname(),
@@ -83,7 +90,6 @@ def gather(
         target_path=str(target) if target else None,
         python=find_python(_brought_python(prepare, login, environment) + prepare.python, environment),
         prologue_error=prologue_error,
-        machine_id=_machine_id(),
     )
 
 
@@ -152,10 +158,3 @@ def _sha256(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
-
-
-def _machine_id() -> str:
-    """One machine under two names gives one id: the kernel's boot, and the namespaces of network and processes."""
-    parts = [Path("/proc/sys/kernel/random/boot_id").read_text().strip()]
-    parts += [os.readlink(f"/proc/self/ns/{name}") for name in ("net", "pid")]
-    return "/".join(parts)

@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass
 class Watch:
-    """One rank's recent past. `paused_s`, `quiet_s`: for how long, by the clock of the caller."""
+    """One rank's recent past. `paused_since`, `quiet_since`: since when, by the clock of the caller."""
 
     last: Sample = field(default_factory=Sample)
     paused_since: float | None = None

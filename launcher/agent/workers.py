@@ -129,6 +129,10 @@ class Zygote:
         self.log = (self.log + data)[-ZYGOTE_LOG_BYTES:]
         return bool(data)
 
+    def close(self) -> None:
+        self.socket.close()
+        os.close(self.log_fd)
+
     def fork(self, prepared: Fork, descriptors: list[int]) -> None:
         """Ask for a rank; `Forked` answers. Our copies of the descriptors are closed."""
         self._send(prepared, descriptors)

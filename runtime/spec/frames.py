@@ -147,7 +147,6 @@ class HostFacts:
     target_path: str | None
     python: str | None  # the workers' interpreter; None: none of the candidates exists
     prologue_error: str | None
-    machine_id: str  # equal for two names of one machine
 
 
 @dataclass(frozen=True)

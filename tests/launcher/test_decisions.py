@@ -73,7 +73,7 @@ def test_traceback_has_what_it_was_raised_from_and_is_shortened():
 
 # --- preflight -----------------------------------------------------------------------------------------------
 
-FACTS = HostFacts("h", 8, 2, 0, ["10.0.0.1"], 0, "/job", "abc", "/job/x.py", "/usr/bin/python3", None, "m")
+FACTS = HostFacts("h", 8, 2, 0, ["10.0.0.1"], 0, "/job", "abc", "/job/x.py", "/usr/bin/python3", None)
 TORCH = PreloadFacts("3.11.7", "2.13.0")
 
 

@@ -394,7 +394,7 @@ def test_looks_like_a_plain_interpreter(start, script, tmp_path, kind, mode):
     with zipfile.ZipFile(tmp_path / "job.pyz", "w") as archive:
         archive.writestr("__main__.py", FACTS.replace("inspect.getsource(look)", "0"))
     words["zip"] = ["job.pyz"]
-    environment = {"OMP_NUM_THREADS": "2", "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"}
+    environment = {"OMP_NUM_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     run = start("-n", "1", "--pass-env", "*", *mode, *words[kind], "a b", "*", env=environment)
     assert run.wait() == 0, run.err
     plain = subprocess.run(

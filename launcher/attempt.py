@@ -156,7 +156,7 @@ class Attempt:
 
     def _cause(self) -> tuple[Cause | None, bool]:
         own = any(failure.weight is Weight.OWN for failure in self.failures)
-        lost = self._lost_host()
+        lost = lost_host(self._nodes)
         if lost is not None and not own:
             return lost, False
         if self.failures:
@@ -176,24 +176,6 @@ class Attempt:
         headline = f"rank {rank} on {host} hangs: it is stopped (SIGSTOP) since {seconds:.0f} s"
         return Cause(ExitCode.HANG, "launcher", headline, "", "who stopped it? kill -CONT lets it go on", host, rank)
 
-    def _lost_host(self) -> Cause | None:
-        for node in self._nodes:
-            host = node.report.host.name
-            if node.agent_error is not None:
-                reason = node.agent_error.splitlines()[-1]
-                headline = f"the agent on {host} gave up: {reason}"
-                return Cause(ExitCode.AGENT_LOST, "launcher", headline, node.agent_error, "", host)
-            if node.gone is None:
-                continue
-            if node.agent_lost:
-                headline = f"the agent on {host} was lost ({node.gone})"
-                fix = "was it killed? its warden has ended the ranks there"
-                return Cause(ExitCode.AGENT_LOST, "launcher", headline, "", fix, host)
-            headline = f"host {host} was lost: {node.gone}"
-            fix = "it ends its own ranks when it is cut off; look at its network and power"
-            return Cause(ExitCode.HOST_UNREACHABLE, "launcher", headline, "", fix, host)
-        return None
-
     def explained(self) -> bool:
         """Has everything arrived that could change the root cause?"""
         if self._failed_at is None or not self._running() or any(node.gone for node in self._nodes):
@@ -205,3 +187,23 @@ class Attempt:
         return passed >= (SILENT_SETTLE_S if silent > VICTIM_SETTLE_S else VICTIM_SETTLE_S)
 
     explanation_s = SILENT_SETTLE_S + 1.0
+
+
+def lost_host(nodes: list[Node]) -> Cause | None:
+    """Why the first host that we have lost was lost; None: all are there."""
+    for node in nodes:
+        host = node.report.host.name
+        if node.agent_error is not None:
+            reason = node.agent_error.splitlines()[-1]
+            headline = f"the agent on {host} gave up: {reason}"
+            return Cause(ExitCode.AGENT_LOST, "launcher", headline, node.agent_error, "", host)
+        if node.gone is None:
+            continue
+        if node.agent_lost:
+            headline = f"the agent on {host} was lost ({node.gone})"
+            fix = "was it killed? its warden has ended the ranks there"
+            return Cause(ExitCode.AGENT_LOST, "launcher", headline, "", fix, host)
+        headline = f"host {host} was lost: {node.gone}"
+        fix = "it ends its own ranks when it is cut off; look at its network and power"
+        return Cause(ExitCode.HOST_UNREACHABLE, "launcher", headline, "", fix, host)
+    return None

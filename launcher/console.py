@@ -6,6 +6,7 @@ stopped, slow, or gone, and no step of the training waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -41,6 +42,7 @@ class Console:
         signal.signal(signal.SIGINT, lambda *_: self._interrupt())
         signal.signal(signal.SIGTERM, lambda *_: self._ask("terminate"))
         signal.signal(signal.SIGHUP, lambda *_: self._ask("hangup"))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         self._link.setblocking(False)
         while self._read_link():
             wait_s = self._screen.tick()
@@ -55,10 +57,8 @@ class Console:
         os.write(2, f"\ndstrain: {words}\n".encode())
 
     def _ask(self, word: str) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the supervisor is ending by itself
             self._link.send(f"{word}\n".encode())
-        except OSError:
-            pass  # the supervisor is ending by itself
 
     def _read_link(self) -> bool:
         """Take one piece of what the supervisor says; False at its end."""
@@ -121,7 +121,8 @@ class Console:
                 "remedy": f"every host ends its own ranks; see {self._run.path}/supervisor.log",
             }
             self._result = {"exit_code": code, "origin": "launcher", "cause": cause}
-            self._run.write_json("report.json", self._result)
+            with contextlib.suppress(OSError):  # a full disk: what is said below must do
+                self._run.write_json("report.json", self._result)
         if self._plan is not None:
             show_plan(self._plan, self._options.json)
         elif self._options.json:

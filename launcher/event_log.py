@@ -19,6 +19,10 @@ class EventLog:
         self._run_id = run_id
         self._rest: dict[int, bytes] = {}
 
+    def begin_attempt(self) -> None:
+        """Half a line of a rank that was killed has no rest to come."""
+        self._rest.clear()
+
     def append(self, rank: int, data: bytes) -> None:
         """Bytes of a rank's event descriptor, as they are."""
         whole, newline, rest = (self._rest.pop(rank, b"") + data).rpartition(b"\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import signal
 import socket
 import sys
 import tempfile
@@ -17,6 +18,9 @@ from dstrain.launcher.plan import Request, Target, make_plan
 from dstrain.launcher.run_dir import RunDir, new_run_id
 from dstrain.launcher.transport import ConnectOptions, SshProgram
 from dstrain.runtime.spec.errors import UsageError
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+MAX_OPEN_FILES = 16384
 
 
 def target(kind: str, words: list[str]) -> Target:
@@ -88,6 +92,7 @@ def run(
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
     sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until console and supervisor are ready for them
     supervisor = os.fork()
     if supervisor == 0:
         ours.close()
@@ -119,5 +124,5 @@ def _supervise(
 def _raise_file_limit() -> None:
     """Two log files a rank: hundreds of ranks need more descriptors than the usual 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if soft < min(hard, MAX_OPEN_FILES):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_OPEN_FILES), hard))

@@ -98,9 +98,12 @@ class LogFiles:
         log = self._files.get((attempt, rank, stream))
         if log is None:
             return ""
-        with open(log.path, "rb") as file:  # noqa: PTH123 - the fd is write-only
-            file.seek(max(0, log.length - size))
-            return file.read(size).decode(errors="replace")
+        try:
+            with open(log.path, "rb") as file:  # noqa: PTH123 - the fd is write-only
+                file.seek(max(0, log.length - size))
+                return file.read(size).decode(errors="replace")
+        except OSError:
+            return ""
 
     def close_attempt(self, attempt: int) -> None:
         """Close the files of an attempt that is over."""

@@ -113,7 +113,7 @@ def _load(path: Path, overrides: Sequence[str]) -> Job:
     from dstrain.runtime.spec.load import load_job
 
     job: JobConfig = load_job(path, overrides)
-    return Job(job.name, job.run, job.model_dump_json(by_alias=True))
+    return Job(job.name, job.run, job.model_dump_json(by_alias=True, exclude={"run"}))  # run.env may hold secrets
 
 
 def _checked_target(target: Target, cwd: str) -> Target:

@@ -23,6 +23,7 @@ _VICTIM = re.compile(
     r"failed to recv, got 0 bytes|ncclRemoteError|remote process exited|DistNetworkError|DistStoreError|"
     r"Connection was likely closed|pair closure|unhandled system error",
 )
+_COLLECTIVE = re.compile(r"torch/|gloo|[Nn][Cc][Cc][Ll]|Dist(Network|Store)Error")  # else it lost a peer of its own
 _TRACEBACK = "Traceback (most recent call last):"
 
 
@@ -48,7 +49,8 @@ class Failure:
     @property
     def weight(self) -> Weight:
         by_abort = self.status in (-signal.SIGABRT, -signal.SIGTERM)
-        if (self.status > 0 or by_abort) and _VICTIM.search(self._last_words()):
+        in_collective = not traceback_of(self.stderr) or _COLLECTIVE.search(self.stderr)
+        if (self.status > 0 or by_abort) and in_collective and _VICTIM.search(self._last_words()):
             return Weight.VICTIM
         return Weight.OWN
 

@@ -39,9 +39,13 @@ class Failed:
 
 @dataclass(frozen=True)
 class Gone:
-    """The connection ended. `complaint`: what the far side's stderr said last."""
+    """The connection ended. complaint: what the far side's stderr said last.
+
+    program_ended: our program there ended while the way to it still worked; else the way broke.
+    """
 
     complaint: str
+    program_ended: bool
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class HostSession:
         self.liveness = Liveness.CONNECTING
         self.attempt = 0
         self.heard_at = time.monotonic()
+        self.began_at: float | None = None  # when its turn to connect came
+        self._reading = False
         self._bundle, self._pythons, self._logs, self._post = bundle, pythons, logs, post
         self._connection: Connection | None = None
         self._closed = threading.Event()
@@ -91,13 +97,14 @@ class HostSession:
         if self._connection is not None:
             self._connection.close()
 
-    def program_ended(self) -> bool:
-        """Did our program on the host end while the way there still worked? (Else the way broke.)"""
-        return self._connection is not None and self._connection.program_ended()
+    def silent_s(self) -> float:
+        """For how long we have waited for bytes; time that we spent on our own disk is not the host's silence."""
+        return time.monotonic() - self.heard_at if self._reading else 0.0
 
     def _run(self, options: ConnectOptions, slot: threading.Semaphore) -> None:
         try:
             with slot:
+                self.began_at = time.monotonic()
                 self._connection = connect(self.host, start_command(self._pythons), options)
                 if self._closed.is_set():
                     self._connection.close()
@@ -116,7 +123,7 @@ class HostSession:
         except ProtocolError as error:
             complaint = str(error)
         self.liveness = Liveness.GONE
-        self._post(self.index, Gone(complaint))
+        self._post(self.index, Gone(complaint, self._connection.program_ended()))
 
     def _explain(self, error: Exception) -> DstrainError:
         if isinstance(error, DstrainError):
@@ -175,10 +182,11 @@ class HostSession:
                     self._post(self.index, Events(frame.rank, frame.data))
                 else:
                     self._logs.append(self.attempt, name, frame.rank, frame.stream, frame.data)
+            self.heard_at, self._reading = time.monotonic(), True
             data = connection.read()
+            self._reading = False
             if not data:
                 return
-            self.heard_at = time.monotonic()
 
 
 class _Lines:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dstrain.launcher import preflight
-from dstrain.launcher.attempt import Attempt, Outcome
+from dstrain.launcher.attempt import Attempt, Outcome, lost_host
 from dstrain.launcher.bundle import build_bundle
 from dstrain.launcher.console_link import ConsoleLink
 from dstrain.launcher.event_log import EventLog
@@ -42,7 +42,7 @@ SILENCE_S = 8.0  # no byte from a host for this long: it is lost (the promise: n
 FACTS_TIMEOUT_S = 90.0  # connecting, sending the package, and a prologue
 PRELOAD_TIMEOUT_S = 300.0  # importing torch from a cold network disk
 DIAL_TIMEOUT_S = 3.0
-MAX_CONNECTING = 32
+MAX_CONNECTING = 64
 LOG_BATCH_S = 0.02  # growth of logs is told to the console in batches: 50 a second at the most
 CLOSE_TIMEOUT_S = 8.0
 LEAVE_TIMEOUT_S = 2.0
@@ -110,7 +110,7 @@ class Supervisor:
         self.stopping = Stopping()
         self.attempt: Attempt | None = None
         self.plan: LaunchPlan | None = None
-        self._next_beat = self._next_logs = time.monotonic()
+        self._next_look = self._next_logs = time.monotonic()
         self._logs_waiting = False
         self.selector = selectors.DefaultSelector()
         self.selector.register(self._wake_read, selectors.EVENT_READ)
@@ -138,7 +138,9 @@ class Supervisor:
         """From the first connection to the report. Never raises for anything that a host or a user does."""
         for number, code in ((signal.SIGTERM, ExitCode.TERMINATED), (signal.SIGINT, ExitCode.INTERRUPTED)):
             signal.signal(number, lambda *_, code=code: self._request_stop(code))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         started = time.time()
+        threading.Thread(target=self._beat_forever, name="heartbeat", daemon=True).start()
         try:
             self._connect()
             outcome = self._check()
@@ -154,11 +156,17 @@ class Supervisor:
         slot = threading.Semaphore(MAX_CONNECTING)
         for node in self.nodes:
             node.session.start(self.options, slot)
-        self._wait(lambda: all(node.settled_facts for node in self.nodes), FACTS_TIMEOUT_S)
-        for node in self.nodes:
-            if not node.settled_facts:
-                cause = f"no answer within {FACTS_TIMEOUT_S:.0f} s"
-                node.report.error = UnreachableError(node.report.host.name, cause, "does a login shell hang there?")
+        self._wait(lambda: all(self._settled(node) for node in self.nodes))
+
+    def _settled(self, node: Node) -> bool:
+        """Has the host said what it is like, or will it not? Its time runs from when its turn to connect came."""
+        began = node.session.began_at
+        if not node.settled_facts and began is not None and time.monotonic() - began > FACTS_TIMEOUT_S:
+            cause = f"no answer within {FACTS_TIMEOUT_S:.0f} s"
+            node.report.error = UnreachableError(node.report.host.name, cause, "does a login shell hang there?")
+            node.gone = cause
+            threading.Thread(target=node.session.close, daemon=True).start()
+        return node.settled_facts
 
     def _check(self) -> Outcome | None:
         """Preflight: everything that can be found out before a rank starts. None: all is well."""
@@ -176,7 +184,10 @@ class Supervisor:
             return Outcome(Cause(code, "launcher", f"{len(problems)} problems before the start", rows))
         slots = [node.report.facts.slots for node in self.nodes if node.report.facts]
         self.plan = make_plan(self.request, self.run_id, slots)
-        self.run_dir.write_json("plan.json", self.plan.to_json())
+        try:
+            self.run_dir.write_json("plan.json", self.plan.to_json())
+        except OSError as error:
+            self._note(f"the plan cannot be written: {error.strerror}: {self.run_dir.path}")
         self.address = address
         if self.plan_only:
             self.console.send("plan", plan=self.plan.to_json())
@@ -191,14 +202,14 @@ class Supervisor:
         token = secrets.token_hex(8)
         first.report.listening = None
         first.session.send(frames.Listen(self._candidates(), self.request.master_port, token))
-        self._wait(lambda: first.report.listening is not None or first.report.error is not None, SILENCE_S)
+        self._wait(lambda: bool(first.report.listening or first.report.error or first.gone), SILENCE_S)
         if first.report.listening is None or not first.report.listening.addresses:
             return None
-        callers = [node for node in others if node.report.error is None]
+        callers = [node for node in others if node.report.error is None and node.gone is None]
         for node in callers:
             node.report.dialled = None
             node.session.send(frames.Dial(first.report.listening.addresses, token, DIAL_TIMEOUT_S))
-        self._wait(lambda: all(node.report.dialled or node.report.error for node in callers), 2 * SILENCE_S)
+        self._wait(lambda: all(n.report.dialled or n.report.error or n.gone for n in callers), 2 * SILENCE_S)
         return preflight.choose_address(self.request, [node.report for node in self.nodes])
 
     def _candidates(self) -> list[str]:
@@ -216,7 +227,8 @@ class Supervisor:
             if number:
                 address = self._find_address()
                 if address is None:
-                    return Outcome(Cause(ExitCode.RENDEZVOUS, "launcher", "the store's socket cannot be had again"))
+                    failed = Cause(ExitCode.RENDEZVOUS, "launcher", "the store's socket cannot be had again")
+                    return Outcome(lost_host(self.nodes) or failed, number)
                 self.address = address
             outcome = self._run_attempt(number)
             if outcome.ok or not outcome.may_restart or number == self.request.max_restarts:
@@ -256,6 +268,7 @@ class Supervisor:
 
     def _say_start(self, number: int) -> None:
         assert self.plan is not None
+        self.events.begin_attempt()
         self.events.write(number, "launch", world_size=self.plan.world_size, hosts=[n.host for n in self.plan.nodes])
         self.console.send(
             "start",
@@ -265,7 +278,7 @@ class Supervisor:
         )
 
     def _end_ranks(self, grace_s: float) -> None:
-        """SIGTERM, then SIGKILL after the grace; a host that does not answer is cut off."""
+        """SIGTERM, then SIGKILL after the grace; a host that does not answer is cut off when the run is left."""
         if self.attempt is None:
             return
         self.attempt.ending = True
@@ -289,8 +302,13 @@ class Supervisor:
             ExitCode.HANGUP: "the console has gone",
             ExitCode.TERMINATED: "terminated (SIGTERM)",
         }
+        attempt = self.attempt
         self._end_ranks(self.request.grace_s)
-        return Outcome(Cause(code, "launcher", words[code]))
+        if attempt is None:
+            return Outcome(Cause(code, "launcher", words[code]))
+        return Outcome(
+            Cause(code, "launcher", words[code]), attempt.number, ranks=attempt.statuses, notes=attempt.notes
+        )
 
     def _leave(self) -> None:
         """Close every host's side; whoever is slow is cut off, which ends its job too."""
@@ -324,9 +342,12 @@ class Supervisor:
             "ranks": outcome.ranks,
             "notes": outcome.notes,
         }
-        self.run_dir.write_json("report.json", report)
         self.events.write(outcome.attempt, "run_end", exit_code=cause.code, origin=cause.origin)
         self.console.grown(self.logs.take_grown())
+        try:
+            self.run_dir.write_json("report.json", report)
+        except OSError as error:
+            self._note(f"the report cannot be written: {error.strerror}: {self.run_dir.report}")
         self.console.send("result", report=report)
         self._wait(lambda: self.console.gone or not self.console.wants_to_write, None, stoppable=False)
 
@@ -337,7 +358,7 @@ class Supervisor:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             self._take_messages()
-            self._beat()
+            self._check_silence()
             if stoppable and self.stopping.code is not None and not self.stopping.raised:
                 self.stopping.raised = True
                 raise StopRequested(self.stopping.code)
@@ -346,7 +367,7 @@ class Supervisor:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 return False
-            self._sleep(min(self._next_beat, deadline or self._next_beat) - now)
+            self._sleep(min(self._next_look, deadline or self._next_look) - now)
 
     def _sleep(self, seconds: float) -> None:
         if self._logs_waiting:
@@ -355,6 +376,8 @@ class Supervisor:
         if self.console.socket in self.selector.get_map():
             if self.console.gone:
                 self.selector.unregister(self.console.socket)
+                if self.stopping.code is None:  # else it went because it was asked to, and the grace holds
+                    self._request_stop(ExitCode.HANGUP)
             else:
                 self.selector.modify(self.console.socket, mask)
         for key, events in self.selector.select(max(0.0, seconds)):
@@ -378,27 +401,31 @@ class Supervisor:
         }
         for word in self.console.receive():
             self._request_stop(codes[word])
-        if self.console.gone:
-            self._request_stop(ExitCode.HANGUP)
 
     def _request_stop(self, code: ExitCode) -> None:
         self.stopping.code = self.stopping.code or code
         self.stopping.times += 1
         self._wake()
 
-    def _beat(self) -> None:
+    def _beat_forever(self) -> None:
+        """In a thread of its own: a disk that stalls here must not look like our death to the hosts."""
+        while True:
+            for node in self.nodes:
+                if node.report.facts is not None and node.gone is None:
+                    node.session.send(frames.Heartbeat())
+            time.sleep(HEARTBEAT_S)
+
+    def _check_silence(self) -> None:
         now = time.monotonic()
-        if now < self._next_beat:
+        if now < self._next_look:
             return
-        self._next_beat = now + HEARTBEAT_S
+        self._next_look = now + HEARTBEAT_S
         for node in self.nodes:
             if node.report.facts is None or node.gone is not None:
                 continue
-            silent_s = now - node.session.heard_at
+            silent_s = node.session.silent_s()
             if silent_s > SILENCE_S:
                 self._lose(node, f"nothing heard from it for {silent_s:.0f} s", agent_lost=False)
-            else:
-                node.session.send(frames.Heartbeat())
 
     # --- what the hosts say ----------------------------------------------------------------------------------
 
@@ -422,8 +449,8 @@ class Supervisor:
             case Failed(error):
                 report.error = error
                 node.gone = str(error)
-            case Gone(complaint):
-                self._lose(node, complaint or "the connection ended", node.session.program_ended())
+            case Gone(complaint, _):
+                self._lose(node, complaint or "the connection ended", message.program_ended)
             case frames.HostFacts():
                 report.facts = message
                 node.clock_offset_ns = message.clock_ns - time.time_ns()

@@ -47,3 +47,5 @@ def main() -> None:
         for line in str(error).splitlines():
             print(f"dstrain: {line}", file=sys.stderr)
         sys.exit(int(error.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fnmatch
 import hashlib
 import os
 from collections.abc import Iterator
@@ -55,9 +56,13 @@ def _entries(target: SshTarget, marker: str) -> Iterator[HostKeyEntry]:
 def load_known_keys(keys: HostKeys, target: SshTarget) -> None:
     """Add every known key to `keys`. (paramiko's own reader stops at a line with a marker.)"""
     for entry in _entries(target, ""):
-        for name in entry.hostnames or []:
+        names = entry.hostnames or []
+        if any(name.startswith("!") and fnmatch.fnmatchcase(target.key_name, name[1:]) for name in names):
+            continue
+        for name in names:
             if entry.key is not None:
-                keys.add(name, entry.key.get_name(), entry.key)
+                matches = ("*" in name or "?" in name) and fnmatch.fnmatchcase(target.key_name, name)
+                keys.add(target.key_name if matches else name, entry.key.get_name(), entry.key)
 
 
 def is_revoked(key: paramiko.PKey, target: SshTarget) -> bool:

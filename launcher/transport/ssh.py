@@ -7,16 +7,19 @@ hosts trust` pins a key on purpose. Agent and X11 forwarding are never asked for
 from __future__ import annotations
 
 import random
+import re
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import paramiko
 
-from dstrain.launcher.hostfile import Host, parse_hosts_expression
+from dstrain.launcher.hostfile import Host
 from dstrain.launcher.transport import ConnectOptions
 from dstrain.launcher.transport.known_hosts import (
     RefuseUnknown,
@@ -162,25 +165,52 @@ def open_stream(host: Host, target: SshTarget, options: ConnectOptions) -> socke
     return stream
 
 
-_bastions: dict[tuple[str, ...], paramiko.SSHClient] = {}
-_bastions_lock = threading.Lock()
+@dataclass
+class _Bastion:
+    """One way through bastions, shared by all hosts behind it; an error is shared too."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    client: paramiko.SSHClient | None = None
+    error: HostError | None = None
+
+
+_bastions: defaultdict[tuple[str, ...], _Bastion] = defaultdict(_Bastion)
+
+
+def parse_jump(text: str) -> Host:
+    """`[user@]host[:port]` of a ProxyJump, an IPv6 address in brackets; names are ssh_config's."""
+    match = re.fullmatch(r"(?:ssh://)?(?:(?P<user>[^@]+)@)?(?P<host>\[[^]]+\]|[^:\[\]]+)(?::(?P<port>\d+))?/?", text)
+    if match is None or match["host"].startswith("-"):
+        raise UnreachableError(text, "this ProxyJump cannot be read", "write [user@]host[:port] in ssh_config")
+    return Host(match["host"].strip("[]"), user=match["user"], port=int(match["port"]) if match["port"] else None)
 
 
 def _through_bastion(host: Host, target: SshTarget, options: ConnectOptions) -> socket.socket:
     """A channel of the last bastion's transport, which all hosts behind it share."""
-    with _bastions_lock:
-        client = _bastions.get(target.jumps)
-        if client is None or not (transport := client.get_transport()) or not transport.is_active():
-            jump = parse_hosts_expression(target.jumps[-1].replace("ssh://", ""))[0]
-            jump_target = resolve(jump)
-            if len(target.jumps) > 1:
-                jump_target = SshTarget(**{**vars(jump_target), "jumps": target.jumps[:-1]})
-            client = _bastions[target.jumps] = _login(jump, jump_target, options)
-    transport = client.get_transport()
+    bastion = _bastions[target.jumps]
+    with bastion.lock:
+        if bastion.error is not None:
+            raise bastion.error
+        transport = bastion.client.get_transport() if bastion.client else None
+        if transport is None or not transport.is_active():
+            try:
+                bastion.client = _login_to_bastion(target.jumps, options)
+            except HostError as error:
+                bastion.error = error
+                raise
+    transport = bastion.client.get_transport() if bastion.client else None
     assert transport is not None
     where, origin = (target.hostname, target.port), ("127.0.0.1", 0)
     # A Channel has what a Transport needs of a socket.
     return transport.open_channel("direct-tcpip", where, origin, timeout=options.timeout_s)  # type: ignore[return-value]
+
+
+def _login_to_bastion(jumps: tuple[str, ...], options: ConnectOptions) -> paramiko.SSHClient:
+    host = parse_jump(jumps[-1])
+    target = resolve(host)
+    if len(jumps) > 1:
+        target = replace(target, jumps=jumps[:-1])
+    return _login(host, target, options)
 
 
 @contextmanager

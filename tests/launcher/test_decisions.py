@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dstrain.launcher import preflight
+from dstrain.launcher.agent import host_facts
 from dstrain.launcher.cli.run import split_target
 from dstrain.launcher.hostfile import Host
 from dstrain.launcher.plan import Request, Target, make_plan
@@ -187,3 +189,47 @@ def test_values_of_the_environment_override_each_other(tmp_path: Path, monkeypat
     assert made.environment == {"A": "word", "B": "file", "C": "shell"}
     assert made.pass_environment == {"NCCL_DEBUG": "INFO"}
     assert made.shown_environment() == {"NCCL_DEBUG": "***", "A": "***", "B": "***", "C": "***"}
+
+
+def test_values_of_run_env_are_masked_and_not_sent_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "job.yaml").write_text(
+        "run: {env: {WANDB_API_KEY: hush, LR: '1'}}\nmodel: {gpt: {layers: 1, width: 16, heads: 2, context: 8}}\n"
+        "batch: {global: 2, micro: 1}\ntrain: {steps: 1}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    made, _ = build_request(RunOptions(), Target("script", "job.yaml"))
+    assert made.environment == {"WANDB_API_KEY": "hush", "LR": "1"}
+    assert made.job is not None
+    assert "hush" not in made.job
+    assert "hush" not in json.dumps(made.to_json())
+    assert made.to_json()["environment"] == {"WANDB_API_KEY": "***", "LR": "1"}
+
+
+def test_a_prologue_that_hangs_or_leaves_a_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(host_facts, "PROLOGUE_TIMEOUT_S", 1.0)
+    with pytest.raises(host_facts.PrologueError, match="did not end within 1 s"):
+        host_facts._after_prologue("sleep 60", str(tmp_path), {"PATH": "/usr/bin:/bin"})
+    many = "; ".join(f"export BIG{number}=$(printf '%050000d' 0)" for number in range(4))
+    made = host_facts._after_prologue(f"sleep 3 & {many}", str(tmp_path), {"PATH": "/usr/bin:/bin"})
+    assert len(made["BIG3"]) == 50_000
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("bastion", Host("bastion")),
+        ("me@bastion:2222", Host("bastion", user="me", port=2222)),
+        ("ssh://bastion:22", Host("bastion", port=22)),
+        ("me@[::1]:22", Host("::1", user="me", port=22)),
+    ],
+)
+def test_proxy_jumps(text, host):
+    from dstrain.launcher.transport.ssh import parse_jump
+
+    assert parse_jump(text) == host
+
+
+def test_a_database_that_refuses_is_the_ranks_own_trouble():
+    text = "Traceback (most recent call last):\n  File 'x.py'\nConnectionRefusedError: [Errno 111] Connection refused\n"
+    cause = root_cause([failure(1, 3, 1, text)], [(0, "host0")])
+    assert (cause.code, cause.rank) == (3, 1)

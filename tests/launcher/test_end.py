@@ -219,6 +219,59 @@ dist.all_reduce(torch.ones(1))
     assert "closed by peer" not in run.err.partition("rank 2 on h2 failed")[2]
 
 
+def test_store_outlives_the_host_that_holds_it(light, start, script):
+    """Rank 0's host is done; the ranks of the other still meet in the store."""
+    text = """
+import os, torch.distributed as dist
+dist.init_process_group("gloo")
+if dist.get_rank() == 0:
+    os._exit(0)
+while not os.path.exists("gone"): pass
+store = dist.distributed_c10d._get_default_store()
+store.add("met", 1)
+while store.add("met", 0) < 2: pass
+os._exit(0)
+"""
+    run = start("--hosts", "h1:1,h2:2", script(text), env=light.env)
+    events = run.directory / "events.jsonl"
+    lab.wait_for(lambda: events.exists() and '"of": 0' in events.read_text(), "rank 0 to leave")
+    (run.folder / "gone").touch()
+    assert run.wait(30) == 0, run.err
+
+
+def test_ctrl_c_keeps_its_grace_when_the_console_dies_of_it(start, script):
+    """`dstrain run … | tee log`: Ctrl-C ends tee too, and the console then writes into nothing."""
+    text = """
+import os, signal, sys, time
+def save(*_):
+    for number in range(20):
+        print("saving", number)
+        time.sleep(0.05)
+    open(os.environ["RANK"] + ".saved", "w").close()
+    raise SystemExit(0)
+signal.signal(signal.SIGTERM, save)
+open(os.environ["RANK"] + ".ready", "w").close()
+time.sleep(600)
+"""
+    read, write = os.pipe()
+    run = start(script(text), stdout=write)
+    os.close(write)
+    run.wait_ready(2)
+    run.process.send_signal(signal.SIGINT)
+    os.close(read)
+    run.wait(15)
+    lab.wait_for(lambda: len(list(run.folder.glob("*.saved"))) == 2, "both ranks to save")
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.6, 1.0, 1.5])
+def test_ctrl_c_at_any_time_ends_cleanly(light, start, script, after_s):
+    run = start("-H", light.hostfile(names=["h1", "h2"]), script(TREE), env=light.env)
+    time.sleep(after_s)  # the moment itself is what is tested
+    run.process.send_signal(signal.SIGINT)
+    run.wait(20)
+    run.wait_gone(15)
+
+
 # --- links, in namespaces ------------------------------------------------------------------------------------
 
 

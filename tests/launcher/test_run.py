@@ -168,6 +168,27 @@ def test_dry_run_is_the_plan_that_runs(light, start, script, tmp_path):
     assert planned["environment"] == {"A_TOKEN": "***", "B": "1"}
 
 
+@pytest.mark.parametrize(
+    "text", ["import sys; sys.stdout.close()", "import os, sys\nwith open(os.devnull, 'w') as f: sys.stdout = f"]
+)
+def test_rank_that_closes_its_stdout_has_not_failed(start, script, text):
+    run = start("-n", "1", script(text))
+    assert run.wait() == 0, run.err
+
+
+def test_full_disk_of_the_head_is_loud_and_changes_no_result(start, script, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=True)
+    try:
+        run = start("-n", "1", "--run-dir", small, script("print('x' * 300_000)\nraise SystemExit(7)"))
+        assert run.wait() == 7, run.err
+        assert "cannot be written" in run.err
+        assert "Traceback" not in run.err
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
 def test_files_of_a_run_are_private(start, script):
     run = start(script("print(1)"))
     assert run.wait() == 0

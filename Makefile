@@ -40,8 +40,7 @@ lint: install-dev
 	$(BIN)/mypy
 
 test: install-dev system-packages lint
-	$(BIN)/python -m pytest -m "not slow and not alone" -n 4 --dist worksteal
-	$(BIN)/python -m pytest -m "not slow and alone"
+	$(BIN)/python -m pytest -m "not slow" -n 4 --dist worksteal
 
 test-all: test
 	$(BIN)/python -m pytest -m "slow"

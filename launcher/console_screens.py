@@ -175,6 +175,7 @@ class TerminalScreen:
         self._draw()
         if message["kind"] == "start":
             self._world = message["world_size"]
+            self._order = {host: number for number, host in enumerate(message["hosts"])}
         if self._speaks and (text := plain_message(message)):
             self._write([f"\x1b[2m{text}\x1b[0m" if self._colour else text], "")
 

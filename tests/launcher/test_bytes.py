@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ class CommandLines(threading.Thread):
         self._secrets, self._over = secrets, threading.Event()
 
     def run(self) -> None:
-        while not self._over.wait(0.01):
+        while not self._over.wait(0.03):
             self.rounds += 1
             for path in Path("/proc").glob("[0-9]*/cmdline"):
                 with contextlib.suppress(OSError):
@@ -185,37 +186,48 @@ class CommandLines(threading.Thread):
         self.join()
 
 
-def files_with(folders: list[Path], secrets: list[bytes], since: float) -> set[Path]:
-    """Files below the folders, changed since then, that hold a secret."""
-    found = set()
-    for folder in folders:
-        for root, inner, names in os.walk(folder):
-            inner[:] = [name for name in inner if not name.startswith("pytest-of-")]
-            for path in (Path(root) / name for name in names):
-                with contextlib.suppress(OSError):
-                    if not path.is_file() or path.stat().st_mtime < since or path.stat().st_size > 1 << 26:
-                        continue
-                    if any(secret in path.read_bytes() for secret in secrets):
-                        found.add(path)
-    return found
+class NewFiles:
+    """Finds what this test's hosts write into the folders, the temporary folder and the cache."""
+
+    def __init__(self, *folders: Path) -> None:
+        self._since, self._temporary = time.time() - 1, Path(tempfile.gettempdir())
+        self._known = {path for path in self._temporary.iterdir() if not path.name.startswith("dstrain")}
+        self._folders = [*folders, Path("~/.cache/dstrain").expanduser(), Path("/dev/shm")]
+
+    def with_one_of(self, secrets: list[bytes]) -> set[Path]:
+        """Files that have changed and hold a secret."""
+        fresh = [path for path in self._temporary.iterdir() if path not in self._known]
+        return {path for top in [*self._folders, *fresh] for path in self._files(top) if _holds(path, secrets)}
+
+    def _files(self, top: Path) -> Iterator[Path]:
+        for path in [top, *top.rglob("*")]:
+            with contextlib.suppress(OSError):
+                if path.is_file() and path.stat().st_mtime >= self._since:
+                    yield path
+
+
+def _holds(path: Path, secrets: list[bytes]) -> bool:
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+        return any(secret in data for secret in secrets)
+    return False
 
 
 @pytest.mark.parametrize(("kind", "ssh"), [("preloaded", "paramiko"), ("program", "openssh")])
 def test_secret_stays_in_the_job(light, start, script, tmp_path, kind, ssh):
-    since = time.time() - 1
+    folder = tmp_path / "work"
+    files = NewFiles(folder)
     secrets = [uuid.uuid4().hex.encode() for _ in range(2)]
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "env").write_bytes(b"OF_THE_FILE=" + secrets[1] + b"\n")
-    folder = tmp_path / "work"
     path = script(KEEP)
     words = ["-H", light.hostfile(names=["h1", "h2"]), "--ssh", ssh, "--env", "PLAIN_WORD"]
     words += ["--env-file", elsewhere / "env", *([] if kind == "preloaded" else ["--no-python", sys.executable]), path]
     with CommandLines(secrets) as watched:
         run = start(*words, env={**light.env, "PLAIN_WORD": secrets[0].decode()}, folder=folder)
         run.wait_ready(4)
-        folders = [folder, Path(tempfile.gettempdir()), Path("~/.cache/dstrain").expanduser(), Path("/dev/shm")]
-        during = files_with(folders, secrets, since)
+        during = files.with_one_of(secrets)
         (folder / "go").touch()
         assert run.wait() == 0, run.err
     assert watched.rounds > 20
@@ -224,7 +236,7 @@ def test_secret_stays_in_the_job(light, start, script, tmp_path, kind, ssh):
     printed = {run.directory / "logs" / "attempt-0" / f"h{rank // 2 + 1}" / f"rank-{rank}.out" for rank in range(4)}
     allowed = {*printed, folder / "stdout"}
     assert printed <= during <= allowed
-    assert printed <= files_with(folders, secrets, since) <= allowed
+    assert printed <= files.with_one_of(secrets) <= allowed
     assert (folder / "3.ready").read_text() == hashlib.sha256(b"".join(secrets)).hexdigest()
     for name in ("job.json", "plan.json"):
         shown = json.loads((run.directory / name).read_text())["environment"]

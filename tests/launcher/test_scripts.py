@@ -346,7 +346,6 @@ def test_ranks_draw_their_own_random_numbers(light, start, script):
 
 FACTS = '''"""What a script can see of the interpreter that runs it."""
 import dataclasses, inspect, json, os, pickle, signal, sys, threading
-import numpy, torch
 
 
 @dataclasses.dataclass
@@ -377,7 +376,6 @@ print(json.dumps({
     "thread": threading.current_thread().name, "threads": threading.active_count(),
     "limits": [sys.getrecursionlimit(), os.nice(0)], "builtins": __builtins__.len([1]),
     "variables": {n: v for n, v in os.environ.items() if n.startswith(("OPENBLAS", "MKL", "PYTORCH", "CUDA"))},
-    "torch_threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
 }))
 '''
 

@@ -32,7 +32,7 @@ def run_ranks(monkeypatch: pytest.MonkeyPatch) -> RunRanks:
     Fails with the tracebacks of the ranks that raised, or after `timeout_s`; no rank outlives the call.
     """
 
-    def run(ranks: int, work: Callable[[int], Any], timeout_s: float = 40.0) -> list[Any]:
+    def run(ranks: int, work: Callable[[int], Any], timeout_s: float = 90.0) -> list[Any]:
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         for name, value in {

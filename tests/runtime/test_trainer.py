@@ -86,7 +86,7 @@ def test_under_torchrun(job: Path, tmp_path: Path) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()

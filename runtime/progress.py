@@ -6,10 +6,10 @@ from dstrain.runtime.engine import StepResult
 
 
 def step_line(step: int, steps: int, lr: float, result: StepResult, tokens_per_s: float, left_s: float) -> str:
-    """One line of progress; grad is the global L2 norm before clipping."""
+    """One line of progress, short enough for 80 columns behind a host's prefix; grad: global norm before clipping."""
     return (
-        f"step {step:>{len(str(steps))}}/{steps}  loss {result.loss:.4f}  lr {lr:.2e}  "
-        f"grad {result.grad_norm:.2f}  {_thousands(tokens_per_s)} tokens/s  {_clock(left_s)} left"
+        f"step {step:>{len(str(steps))}}/{steps} loss {result.loss:.3f} lr {lr:.1e} "
+        f"grad {result.grad_norm:.2f} {_thousands(tokens_per_s)} tok/s {_clock(left_s)} left"
     )
 
 

@@ -94,10 +94,10 @@ def test_under_torchrun(job: Path, tmp_path: Path) -> None:
     assert re.fullmatch(
         r"tiny: 0\.01 M parameters, 0\.0 MB of text, 2 ranks × 3 × 2 samples of 16 bytes on cpu", lines[0]
     )
-    progress = [line for line in lines if "tokens/s" in line and line.startswith("step ")]
+    progress = [line for line in lines if "tok/s" in line and line.startswith("step ")]
     assert [line.split()[1] for line in progress] == ["1/5", "2/5", "4/5", "5/5"]
     assert re.fullmatch(
-        rf"step 5/5  loss {number}  lr {number}e-\d\d  grad {number}  {number}k tokens/s  0:00 left", progress[-1]
+        rf"step 5/5 loss {number} lr {number}e-\d\d grad {number} {number}k tok/s 0:00 left", progress[-1]
     )
     assert [line.split()[1] for line in lines if "validation loss" in line][:2] == ["4/5", "5/5"]
     assert "--- sample" in lines

@@ -103,8 +103,11 @@ class Console:
     def _show_piece(self, log: Mapping[str, Any], length: int) -> bool:
         """The next bytes of a log; False when it has been shown up to `length`."""
         position = self._shown.get(log["index"], 0)
-        with open(log["path"], "rb") as file:  # noqa: PTH123 - a hot path
-            data = os.pread(file.fileno(), min(READ_BYTES, length - position), position)
+        try:
+            with open(log["path"], "rb") as file:  # noqa: PTH123 - a hot path
+                data = os.pread(file.fileno(), min(READ_BYTES, length - position), position)
+        except FileNotFoundError:
+            return False  # somebody has deleted the log of a running job: their wish, and no reason to end it
         if data:
             self._screen.output(log, data)
         self._shown[log["index"]] = position + len(data)

@@ -111,6 +111,14 @@ def test_ddp_as_in_torchs_tutorial(light, start, script, mode):
     assert float(found[0][0].split()[0]) > 0
 
 
+def test_nothing_is_imported_early_but_torch(start, script):
+    """torch._dynamo before init_process_group makes DDP hang at its end: see makes_an_optimizer."""
+    text = "import sys, torch\nprint('torch._dynamo' in sys.modules)\ntorch.optim.SGD([torch.zeros(1)])\n"
+    run = start("-n", "1", script(text))
+    assert run.wait() == 0, run.err
+    assert run.out == "[localhost:0] False\n"
+
+
 def test_fsdp2_shards_over_both_hosts(light, start, script):
     run = start(*two_hosts(light), script(FSDP2), env=light.env)
     assert run.wait() == 0, run.err

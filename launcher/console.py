@@ -104,10 +104,13 @@ class Console:
         """The next bytes of a log; False when it has been shown up to `length`."""
         position = self._shown.get(log["index"], 0)
         try:
-            with open(log["path"], "rb") as file:  # noqa: PTH123 - a hot path
-                data = os.pread(file.fileno(), min(READ_BYTES, length - position), position)
+            fd = os.open(log["path"], os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return False  # somebody has deleted the log of a running job: their wish, and no reason to end it
+        try:
+            data = os.pread(fd, min(READ_BYTES, length - position), position)
+        finally:
+            os.close(fd)
         if data:
             self._screen.output(log, data)
         self._shown[log["index"]] = position + len(data)

@@ -16,33 +16,20 @@ import signal
 import socket
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dstrain.launcher.agent import host_facts, processes, rendezvous, watch
+from dstrain.launcher.agent import host_facts, processes, rendezvous
 from dstrain.launcher.agent.outbox import Outbox
-from dstrain.launcher.agent.workers import (
-    PIPE_BYTES,
-    Worker,
-    Zygote,
-    ask_to_end,
-    handle_zygote,
-    oom_kills,
-    open_worker,
-    spawn_program,
-)
+from dstrain.launcher.agent.ranks import Ranks
+from dstrain.launcher.agent.workers import Zygote, handle_zygote
 from dstrain.runtime.spec import frames
 from dstrain.runtime.spec.linux import become_subreaper
 
 HEARTBEAT_S = 1.0
 LEASE_S = 12.0  # silence of the head after which a cut-off host ends its ranks (the promise: within 20 s)
-READ_BYTES = 1 << 18
-DRAIN_READS = PIPE_BYTES // READ_BYTES + 1  # what a pipe can hold when its rank ends; a grandchild may go on writing
 LAST_WORDS_S = 1.0
-STACK_WAIT_S = 0.3
-OOM_TICKS = 3  # a kill by the kernel is one of the last seconds; a neighbour's of yesterday is not ours
 
 
 class WardenGoneError(Exception):
@@ -67,7 +54,7 @@ def main(package_root: str, work: str, warden: int, warden_alive: int) -> NoRetu
     except BaseException:
         reason = traceback.format_exc()
     roots = [os.getpid(), *([warden] if os.getppid() == warden else [])]  # a dead warden's pid is anybody's
-    left = processes.sweep(agent.cookies, roots)
+    left = processes.sweep(agent.ranks.cookies, roots)
     if reason:
         agent.say_last(frames.AgentFailed(reason))
     if os.getppid() != warden:  # else the warden cleans up
@@ -78,8 +65,8 @@ def main(package_root: str, work: str, warden: int, warden_alive: int) -> NoRetu
 class Agent:
     def __init__(self, package_root: str, work: Path, warden: int, warden_alive: int) -> None:
         self.package_root, self.work, self.warden = package_root, work, warden
-        self.cookies: list[bytes] = []
         self.outbox = Outbox(1)
+        self.ranks = Ranks(self.outbox, warden, self._spared)
         self.reader = frames.FrameReader()
         self.prepare: frames.Prepare | None = None
         self.facts: frames.HostFacts | None = None
@@ -88,19 +75,11 @@ class Agent:
         self.store_pid: int | None = None
         self.listeners: dict[str, socket.socket] = {}
         self.waiting_store: tuple[str, int, socket.socket] | None = None
-        self.workers: dict[int, Worker] = {}
-        self.watches: dict[int, watch.Watch] = {}
-        self.attempt = -1
-        self.all_ended_told = True
-        self.oom_seen = deque([0], maxlen=OOM_TICKS)
-        self.kill_at: float | None = None
-        self.stacks_at: float | None = None
         self.closing = False
-        self.paused_told = False
         self.token = ""
         self.heard_at = self.next_tick = time.monotonic()
         self.selector = selectors.DefaultSelector()
-        self.paused_reading: set[int] = set()
+        self.reading = False
         self._watch_descriptors(warden_alive)
         self._requests: dict[type, Callable[[Any], None]] = {
             frames.Heartbeat: self._do_heartbeat,
@@ -132,23 +111,32 @@ class Agent:
     def run(self) -> None:
         """Until Close has been carried out. Raises HeadGoneError when there is nobody to work for."""
         while not (self.closing and not self.outbox.pending):
-            self._apply_back_pressure()
-            self._write_interest()
+            self._choose_interests()
             for key, mask in self.selector.select(self._wait_s()):
                 if mask & selectors.EVENT_READ and key.fd in self.selector.get_map():
                     key.data(key.fd)
-            self._flush()
             self._on_time()
+            self._flush()
 
     def _wait_s(self) -> float:
-        times = [self.next_tick, *(at for at in (self.kill_at, self.stacks_at) if at is not None)]
+        ranks = self.ranks
+        times = [at for at in (self.next_tick, ranks.kill_at, ranks.stacks_at) if at is not None]
+        if not self.reading and not self.outbox.full:
+            times.append(ranks.read_at)
         return max(0.0, min(times) - time.monotonic())
 
-    def _write_interest(self) -> None:
-        if self.outbox.pending and 1 not in self.selector.get_map():
-            self.selector.register(1, selectors.EVENT_WRITE, None)
-        elif not self.outbox.pending and 1 in self.selector.get_map():
-            self.selector.unregister(1)
+    def _choose_interests(self) -> None:
+        """Read the ranks' output when it is time to, and the way to the head has room; write when there is need."""
+        self._set_interest(1, selectors.EVENT_WRITE, None, self.outbox.pending)
+        self.reading = not self.outbox.full and time.monotonic() >= self.ranks.read_at
+        self._set_interest(self.ranks.fileno(), selectors.EVENT_READ, self._on_output, self.reading)
+
+    def _set_interest(self, fd: int, event: int, handler: Callable[[int], None] | None, wanted: bool) -> None:
+        registered = fd in self.selector.get_map()
+        if wanted and not registered:
+            self.selector.register(fd, event, handler)
+        elif registered and not wanted:
+            self.selector.unregister(fd)
 
     def _flush(self) -> None:
         try:
@@ -156,30 +144,16 @@ class Agent:
         except OSError:
             raise HeadGoneError from None
 
-    def _apply_back_pressure(self) -> None:
-        if self.outbox.full and not self.paused_reading:
-            self.paused_reading = {fd for worker in self.workers.values() for fd in worker.pipes}
-            for fd in self.paused_reading:
-                self.selector.unregister(fd)
-        elif not self.outbox.full and self.paused_reading:
-            for fd in self.paused_reading:
-                self._on(fd, self._on_pipe)
-            self.paused_reading = set()
-
     def _on_time(self) -> None:
         now = time.monotonic()
         if now - self.heard_at > LEASE_S:
             raise HeadGoneError
-        if self.kill_at is not None and now >= self.kill_at:
-            self.kill_at = None
+        if self.ranks.on_time(now):
             self._end_attempt()
-        if self.stacks_at is not None and now >= self.stacks_at:
-            self.stacks_at = None
-            self._tell_stacks()
         if now >= self.next_tick:
             self.next_tick = now + HEARTBEAT_S
             self.tell(frames.Heartbeat())
-            self._look_at_ranks(now)
+            self.ranks.look(now)
 
     def tell(self, message: frames.Message) -> None:
         self.outbox.message(message)
@@ -216,13 +190,16 @@ class Agent:
     def _on_child(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(fd, 4096)
-        by_pid = {worker.pid: worker for worker in self.workers.values() if worker.running and not worker.preloaded}
         for pid, status in processes.reap():
-            if pid in by_pid:
-                self._rank_ended(by_pid[pid].spec.rank, pid, os.waitstatus_to_exitcode(status))
-            elif self.zygote and pid == self.zygote.process.pid:
-                self.zygote.process.returncode = os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            if self.zygote and pid == self.zygote.process.pid:
+                self.zygote.process.returncode = code
                 self._zygote_gone()
+            else:
+                self.ranks.reaped(pid, code)
+
+    def _on_output(self, fd: int) -> None:
+        self.ranks.read()
 
     def _on_zygote(self, fd: int) -> None:
         if self.zygote is None:
@@ -231,9 +208,9 @@ class Agent:
         if messages is None:
             self.selector.unregister(fd)
             return  # SIGCHLD follows and says how it ended
-        for facts in handle_zygote(messages, self._rank_forked, self._rank_ended):
+        for facts in handle_zygote(messages, self._forked, self.ranks.ended):
             self.tell(facts)
-            if not self.all_ended_told and facts.torch_version is None:
+            if not self.ranks.all_ended_told and facts.torch_version is None:
                 self.tell(frames.AgentFailed(f"a rank calls the store, but {self._python()} has no torch to hold it"))
 
     def _python(self) -> str:
@@ -249,39 +226,6 @@ class Agent:
                 if listener.fileno() == fd:
                     rendezvous.answer(listener, self.token)
 
-    def _on_pipe(self, fd: int) -> None:
-        for worker in self.workers.values():
-            if fd in worker.pipes:
-                self._read_pipe(worker, fd)
-                return
-
-    def _read_pipe(self, worker: Worker, fd: int) -> bool:
-        """Forward what is there; False at the end of the pipe or when nothing is there now."""
-        try:
-            data = os.read(fd, READ_BYTES)
-        except BlockingIOError:
-            return False
-        if data:
-            worker.output_bytes += len(data)
-            self.outbox.output(worker.spec.rank, worker.pipes[fd], data)
-            return True
-        self._close_pipe(worker, fd)
-        return False
-
-    def _drain(self, worker: Worker) -> None:
-        """What lay in the pipes when the rank ended; whatever a grandchild adds comes in its turn."""
-        for fd in list(worker.pipes):
-            for _ in range(DRAIN_READS):
-                if fd not in worker.pipes or not self._read_pipe(worker, fd):
-                    break
-
-    def _close_pipe(self, worker: Worker, fd: int) -> None:
-        if fd in self.selector.get_map():
-            self.selector.unregister(fd)
-        self.paused_reading.discard(fd)
-        del worker.pipes[fd]
-        os.close(fd)
-
     # --- what the head asks ----------------------------------------------------------------------------------
 
     def _do_heartbeat(self, message: frames.Heartbeat) -> None:
@@ -294,8 +238,8 @@ class Agent:
         if message.job is not None:
             job_path.write_text(message.job)
             own["DSTRAIN_JOB"] = str(job_path)
-        self.cookies = [f"{name}={own[name]}".encode() for name in ("DSTRAIN_RUN_ID", "DSTRAIN_HOST")]
-        (self.work / "cookies").write_bytes(b"\0".join(self.cookies))
+        cookies = self.ranks.cookies = [f"{name}={own[name]}".encode() for name in ("DSTRAIN_RUN_ID", "DSTRAIN_HOST")]
+        (self.work / "cookies").write_bytes(b"\0".join(cookies))
         error = None
         try:
             self.environment = host_facts.job_environment(message, dict(os.environ))
@@ -371,15 +315,15 @@ class Agent:
         self.tell(frames.Dialled(interfaces, errors))
 
     def _do_start(self, message: frames.Start) -> None:
-        self._forget_attempt()
-        self.attempt, self.all_ended_told, self.kill_at = message.attempt, False, None
-        self.oom_seen = deque([oom_kills()], maxlen=OOM_TICKS)
+        assert self.prepare is not None
+        assert self.facts is not None
+        self._end_store()
+        self.ranks.forget()
         if message.serve_store:
             self._serve_store(message)
         self._close_listeners()
-        for spec in message.processes:
-            spec.environment.update(message.environment)
-            self._start_rank(spec)
+        zygote = self.zygote if self.prepare.preload else None
+        self.ranks.start(message, self.prepare, self.facts, self.environment, zygote)
 
     def _serve_store(self, message: frames.Start) -> None:
         """Hand the socket that was dialled to the store's process; for a program, once somebody really calls."""
@@ -404,140 +348,40 @@ class Agent:
         if self.zygote:
             self.zygote.hold_store(address, port, listener)
 
-    def _start_rank(self, spec: frames.ProcessSpec) -> None:
-        assert self.prepare is not None
-        assert self.facts is not None
-        prepare, preload = self.prepare, self.prepare.preload and self.zygote is not None
-        worker, descriptors = open_worker(spec, preload)
-        self.workers[spec.rank], self.watches[spec.rank] = worker, watch.Watch()
-        for fd in worker.pipes:
-            self._on(fd, self._on_pipe)
-        if preload and self.zygote:
-            fork = frames.Fork(spec.rank, spec.environment, prepare.kind, prepare.target, prepare.arguments)
-            self.zygote.fork(fork, descriptors)
-            return
-        command = [prepare.target, *prepare.arguments]
-        if prepare.kind != "program":
-            command = [str(self.facts.python), *(["-m"] if prepare.kind == "module" else []), *command]
-        elif self.facts.target_path:
-            command[0] = self.facts.target_path
-        try:
-            spawn_program(command, prepare.cwd, self.environment, worker, descriptors)
-        except (OSError, ValueError) as error:
-            worker.status = 127
-            self.tell(frames.StartFailed(spec.rank, f"{command[0]}: {getattr(error, 'strerror', None) or error}"))
-
     def _do_stop(self, message: frames.Stop) -> None:
         if message.grace_s <= 0:
             self._end_attempt()
-            return
-        for worker in self.workers.values():
-            ask_to_end(worker, whole_group=self.prepare is not None and self.prepare.kind == "program")
-        self.kill_at = time.monotonic() + message.grace_s
-        self._check_all_ended()
+        else:
+            self.ranks.ask_to_end(message.grace_s)
 
     def _do_dump_stacks(self, message: frames.DumpStacks) -> None:
-        for worker in self.workers.values():
-            if worker.running and worker.preloaded and worker.pid:
-                watch.clear_stack(worker.stacks)
-                processes.kill(worker.pid, frames.STACK_SIGNAL)
-        self.stacks_at = time.monotonic() + STACK_WAIT_S
-
-    def _tell_stacks(self) -> None:
-        running = {str(rank): worker for rank, worker in self.workers.items() if worker.running}
-        texts = {rank: watch.read_stack(worker.stacks) for rank, worker in running.items()}
-        self.tell(frames.Stacks({rank: text for rank, text in texts.items() if text}))
+        self.ranks.dump_stacks()
 
     def _do_close(self, message: frames.Close) -> None:
         self.closing = True
         self._end_attempt()
 
-    # --- the ranks' lives ------------------------------------------------------------------------------------
+    # --- what outlives the ranks -----------------------------------------------------------------------------
 
-    def _rank_forked(self, rank: int, pid: int) -> None:
+    def _forked(self, rank: int, pid: int) -> None:
         if rank == frames.STORE_RANK:
             self.store_pid = pid
-            return
-        self.workers[rank].pid = pid
-        if all(worker.pid for worker in self.workers.values()):
-            self.tell(frames.Started({str(rank): worker.pid or 0 for rank, worker in self.workers.items()}))
+        else:
+            self.ranks.forked(rank, pid)
 
-    def _rank_ended(self, rank: int, pid: int, status: int) -> None:
-        worker = self.workers.get(rank)
-        if worker is None or worker.pid != pid or worker.status is not None:
-            return  # the store, or a rank of an attempt before this one
-        worker.status = status
-        self._drain(worker)
-        killed = status == -signal.SIGKILL and not worker.signalled
-        out_of_memory = killed and oom_kills() > self.oom_seen[0]
-        self.tell(frames.Exited(rank, status, time.time_ns(), out_of_memory))
-        self._check_all_ended()
+    def _spared(self) -> set[int]:
+        """What a sweep of the ranks leaves: the zygote for the next attempt, the store for other hosts' ranks."""
+        return {pid for pid in (self.store_pid, self.zygote and self.zygote.process.pid) if pid}
 
-    def _check_all_ended(self) -> None:
-        """All ranks here have ended by themselves: other hosts' may still need the store."""
-        if all(worker.status is not None for worker in self.workers.values()):
-            self._end_attempt(keep_store=True)
-
-    def _end_attempt(self, keep_store: bool = False) -> None:
-        """Kill whatever of the attempt is left (grandchildren, daemons, the store), then say so, once."""
-        if not keep_store:
-            self._end_store()
-        if self.all_ended_told:
-            return
-        self.kill_at = None
-        for worker in self.workers.values():
-            worker.signalled = True
-        self._sweep_attempt()
-        for rank, worker in list(self.workers.items()):
-            if worker.status is None:
-                self._rank_ended_by_sweep(rank, worker)
-        self.all_ended_told = True
-        self.tell(frames.AllEnded(self.attempt))
-
-    def _rank_ended_by_sweep(self, rank: int, worker: Worker) -> None:
-        worker.status = -signal.SIGKILL
-        self._drain(worker)
-        self.tell(frames.Exited(rank, worker.status, time.time_ns(), swept=True))
-
-    def _sweep_attempt(self) -> None:
-        keep = {self.zygote.process.pid} if self.zygote else set()
-        keep |= {self.store_pid} if self.store_pid else set()
-        deadline = time.monotonic() + 5.0
-        while time.monotonic() < deadline:
-            left = processes.members(self.cookies, [os.getpid(), self.warden]) - keep
-            if not left:
-                break
-            for pid in left:
-                processes.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+    def _end_attempt(self) -> None:
+        self._end_store()
+        self.ranks.end()
 
     def _end_store(self) -> None:
         if self.store_pid:
             processes.kill(self.store_pid, signal.SIGKILL)
             self.store_pid = None
-
-    def _forget_attempt(self) -> None:
-        self._end_store()
         if self.waiting_store:
             self.selector.unregister(self.waiting_store[2].fileno())
             self.waiting_store[2].close()
             self.waiting_store = None
-        for worker in self.workers.values():
-            for fd in list(worker.pipes):
-                self._close_pipe(worker, fd)
-            os.close(worker.stacks)
-        self.workers, self.watches = {}, {}
-
-    def _look_at_ranks(self, now: float) -> None:
-        self.oom_seen.append(oom_kills())
-        running = {rank: worker for rank, worker in self.workers.items() if worker.running}
-        for rank, worker in running.items():
-            self.watches[rank].look(worker.pid or 0, worker.output_bytes, now)
-        paused = {str(r): now - w.paused_since for r, w in self.watches.items() if r in running and w.paused_since}
-        if paused or self.paused_told:
-            self.tell(frames.Paused(paused))
-            self.paused_told = bool(paused)
-        if running:
-            quiet = {str(r): now - (w.quiet_since or now) for r, w in self.watches.items() if r in running}
-            if any(seconds >= watch.LOOK_AT_CHILDREN_S for seconds in quiet.values()):
-                self.tell(frames.Quiet(quiet))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dstrain.launcher.agent import processes
 
@@ -63,23 +62,23 @@ class Watch:
             and sample.cpu_ticks - last.cpu_ticks <= QUIET_TICKS
             and sample.io_bytes - last.io_bytes <= QUIET_IO_BYTES
             and sample.output_bytes == last.output_bytes
-            and "nanosleep" not in _wait_channel(pid)
+            and b"nanosleep" not in _wait_channel(pid)
         )
 
 
 def _io_bytes(pid: int) -> int:
     try:
-        lines = Path(f"/proc/{pid}/io").read_text().split()
+        lines = processes.read_proc(f"/proc/{pid}/io").split()
     except OSError:
         return 0
     return int(lines[1]) + int(lines[3])  # rchar and wchar
 
 
-def _wait_channel(pid: int) -> str:
+def _wait_channel(pid: int) -> bytes:
     try:
-        return Path(f"/proc/{pid}/wchan").read_text()
+        return processes.read_proc(f"/proc/{pid}/wchan")
     except OSError:
-        return ""
+        return b""
 
 
 def clear_stack(memory_file: int) -> None:

@@ -9,9 +9,8 @@ import socket
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from dstrain.launcher.agent.processes import kill
+from dstrain.launcher.agent.processes import kill, read_proc
 from dstrain.runtime.spec.frames import (
     Ended,
     Fork,
@@ -216,9 +215,6 @@ def handle_zygote(
 def oom_kills() -> int:
     """How many processes the kernel has killed for lack of memory since boot (any cgroup)."""
     try:
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
+        return int(read_proc("/proc/vmstat").partition(b"\noom_kill ")[2].partition(b"\n")[0])
     except (OSError, ValueError):
-        pass
-    return 0
+        return 0

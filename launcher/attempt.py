@@ -6,17 +6,14 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from dstrain.launcher.logs import LogFiles
+from dstrain.launcher.node import Node
 from dstrain.launcher.plan import LaunchPlan
 from dstrain.launcher.root_cause import Cause, Failure, Weight, root_cause
 from dstrain.runtime.spec import frames
 from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.spec.frames import Stream
-
-if TYPE_CHECKING:
-    from dstrain.launcher.supervisor import Node
 
 PAUSED_NOTE_S = 2.0
 PAUSED_LIMIT_S = 10.0  # a stopped rank is named as hung well within 30 s

@@ -2,32 +2,27 @@
 
     connect -> facts -> preflight -> attempt (-> attempt …) -> report
 
-Each host has a thread (session.py) that posts to one inbox; everything that decides happens in this one thread. What
-the phases wait for is written as `_wait(condition)`: it takes messages into the nodes' state, beats the heart, and
-raises `StopRequested` when somebody wants the run to end.
+Each host has a thread (session.py) that posts to one loop; everything that decides happens in this one thread. What
+the phases wait for is written as `loop.wait(condition)`; meanwhile messages come into the nodes' state by `_take`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
 import secrets
-import selectors
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from dstrain.launcher import preflight
 from dstrain.launcher.attempt import Attempt, Outcome, lost_host
 from dstrain.launcher.bundle import build_bundle
 from dstrain.launcher.console_link import ConsoleLink
 from dstrain.launcher.event_log import EventLog
-from dstrain.launcher.hostfile import Host
+from dstrain.launcher.event_loop import EventLoop, StopRequested
 from dstrain.launcher.logs import LogFiles
+from dstrain.launcher.node import Node, agent_pythons, prepare_message
 from dstrain.launcher.plan import LaunchPlan, Request, attempt_environment, make_plan
 from dstrain.launcher.root_cause import Cause
 from dstrain.launcher.run_dir import RunDir
@@ -43,48 +38,8 @@ FACTS_TIMEOUT_S = 90.0  # connecting, sending the package, and a prologue
 PRELOAD_TIMEOUT_S = 300.0  # importing torch from a cold network disk
 DIAL_TIMEOUT_S = 3.0
 MAX_CONNECTING = 64
-LOG_BATCH_S = 0.02  # growth of logs is told to the console in batches: 50 a second at the most
 CLOSE_TIMEOUT_S = 8.0
 LEAVE_TIMEOUT_S = 2.0
-
-
-class StopRequested(Exception):
-    """Somebody wants the run to end: Ctrl-C, SIGTERM, a closed terminal."""
-
-    def __init__(self, code: ExitCode) -> None:
-        super().__init__(code.name)
-        self.code = code
-
-
-@dataclass
-class Node:
-    """One host of the run and everything that it has said."""
-
-    session: HostSession
-    report: preflight.HostReport
-    connected: bool = False
-    gone: str | None = None  # why the connection ended
-    agent_lost: bool = False  # it ended on the far side while the way there still worked
-    agent_error: str | None = None
-    clock_offset_ns: int = 0  # host's clock minus ours
-    ended_attempt: int = -1
-
-    @property
-    def settled_facts(self) -> bool:
-        return self.report.error is not None or self.report.facts is not None
-
-    @property
-    def settled_preload(self) -> bool:
-        return self.report.error is not None or self.report.preload is not None
-
-
-@dataclass
-class Stopping:
-    """What the console and signals have asked for. Twice means at once."""
-
-    code: ExitCode | None = None
-    times: int = 0
-    raised: bool = field(default=False)
 
 
 class Supervisor:
@@ -101,43 +56,26 @@ class Supervisor:
         self.plan_only = plan_only
         self.console = ConsoleLink(console)
         self.events = EventLog(run, run_id)
-        self.inbox: queue.SimpleQueue[tuple[int, object]] = queue.SimpleQueue()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self.logs = LogFiles(run, self._wake, lambda text: self.inbox.put((-1, text)))
+        self.logs = LogFiles(run, lambda: self.loop.wake(), lambda text: self.loop.post(-1, text))
+        self.loop = EventLoop(self.console, self.logs.take_grown, self._take, self._check_silence)
         self.nodes = self._make_nodes()
-        self.stopping = Stopping()
         self.attempt: Attempt | None = None
         self.plan: LaunchPlan | None = None
-        self._next_look = self._next_logs = time.monotonic()
-        self._logs_waiting = False
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self._wake_read, selectors.EVENT_READ)
-        self.selector.register(self.console.socket, selectors.EVENT_READ)
 
     def _make_nodes(self) -> list[Node]:
         bundle = build_bundle()
         nodes = []
         for index, host in enumerate(self.request.hosts):
-            session = HostSession(index, host, bundle, agent_pythons(self.request, host), self.logs, self._post)
+            session = HostSession(index, host, bundle, agent_pythons(self.request, host), self.logs, self.loop.post)
             nodes.append(Node(session, preflight.HostReport(host)))
         return nodes
-
-    def _post(self, index: int, message: object) -> None:
-        self.inbox.put((index, message))
-        self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wake_write.send(b"x")
 
     # --- the run ---------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
         """From the first connection to the report. Never raises for anything that a host or a user does."""
         for number, code in ((signal.SIGTERM, ExitCode.TERMINATED), (signal.SIGINT, ExitCode.INTERRUPTED)):
-            signal.signal(number, lambda *_, code=code: self._request_stop(code))
+            signal.signal(number, lambda *_, code=code: self.loop.request_stop(code))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         started = time.time()
         threading.Thread(target=self._beat_forever, name="heartbeat", daemon=True).start()
@@ -156,7 +94,7 @@ class Supervisor:
         slot = threading.Semaphore(MAX_CONNECTING)
         for node in self.nodes:
             node.session.start(self.options, slot)
-        self._wait(lambda: all(self._settled(node) for node in self.nodes))
+        self.loop.wait(lambda: all(self._settled(node) for node in self.nodes))
 
     def _settled(self, node: Node) -> bool:
         """Has the host said what it is like, or will it not? Its time runs from when its turn to connect came."""
@@ -171,7 +109,7 @@ class Supervisor:
     def _check(self) -> Outcome | None:
         """Preflight: everything that can be found out before a rank starts. None: all is well."""
         address = self._find_address()
-        self._wait(lambda: all(node.settled_preload for node in self.nodes), PRELOAD_TIMEOUT_S)
+        self.loop.wait(lambda: all(node.settled_preload for node in self.nodes), PRELOAD_TIMEOUT_S)
         problems = preflight.check_all(self.request, [node.report for node in self.nodes], address and address[0])
         if not problems and address is None:
             first = self.nodes[0].report
@@ -202,14 +140,14 @@ class Supervisor:
         token = secrets.token_hex(8)
         first.report.listening = None
         first.session.send(frames.Listen(self._candidates(), self.request.master_port, token))
-        self._wait(lambda: bool(first.report.listening or first.report.error or first.gone), SILENCE_S)
+        self.loop.wait(lambda: bool(first.report.listening or first.report.error or first.gone), SILENCE_S)
         if first.report.listening is None or not first.report.listening.addresses:
             return None
         callers = [node for node in others if node.report.error is None and node.gone is None]
         for node in callers:
             node.report.dialled = None
             node.session.send(frames.Dial(first.report.listening.addresses, token, DIAL_TIMEOUT_S))
-        self._wait(lambda: all(n.report.dialled or n.report.error or n.gone for n in callers), 2 * SILENCE_S)
+        self.loop.wait(lambda: all(n.report.dialled or n.report.error or n.gone for n in callers), 2 * SILENCE_S)
         return preflight.choose_address(self.request, [node.report for node in self.nodes])
 
     def _candidates(self) -> list[str]:
@@ -242,11 +180,11 @@ class Supervisor:
         assert self.plan is not None
         self.attempt = attempt = Attempt(number, self.plan, self.nodes, self.logs, self._note)
         self._start_ranks(number)
-        self._wait(lambda: attempt.finished() is not None)
+        self.loop.wait(lambda: attempt.finished() is not None)
         outcome = attempt.finished()
         assert outcome is not None
         if not outcome.ok:
-            self._wait(attempt.explained, attempt.explanation_s)
+            self.loop.wait(attempt.explained, attempt.explanation_s)
             outcome = attempt.finished() or outcome
             self._end_ranks(self.request.grace_s)
         self.logs.close_attempt(number)
@@ -285,16 +223,16 @@ class Supervisor:
         number = self.attempt.number
         waiting = [node for node in self.nodes if node.gone is None and node.ended_attempt < number]
         for node in waiting:
-            node.session.send(frames.Stop(0.0 if self.stopping.times > 1 else grace_s))
+            node.session.send(frames.Stop(0.0 if self.loop.stop_times > 1 else grace_s))
 
         def ended() -> bool:
             return all(node.gone is not None or node.ended_attempt >= number for node in waiting)
 
-        self._wait(lambda: ended() or self.stopping.times > 1, grace_s + CLOSE_TIMEOUT_S, stoppable=False)
+        self.loop.wait(lambda: ended() or self.loop.stop_times > 1, grace_s + CLOSE_TIMEOUT_S, stoppable=False)
         if not ended():
             for node in waiting:
                 node.session.send(frames.Stop(0.0))
-            self._wait(ended, LEAVE_TIMEOUT_S, stoppable=False)
+            self.loop.wait(ended, LEAVE_TIMEOUT_S, stoppable=False)
 
     def _stopped(self, code: ExitCode) -> Outcome:
         words = {
@@ -314,7 +252,7 @@ class Supervisor:
         """Close every host's side; whoever is slow is cut off, which ends its job too."""
         for node in self.nodes:
             node.session.send(frames.Close())
-        self._wait(
+        self.loop.wait(
             lambda: all(node.gone is not None or not node.connected for node in self.nodes),
             LEAVE_TIMEOUT_S,
             stoppable=False,
@@ -349,63 +287,7 @@ class Supervisor:
         except OSError as error:
             self._note(f"the report cannot be written: {error.strerror}: {self.run_dir.report}")
         self.console.send("result", report=report)
-        self._wait(lambda: self.console.gone or not self.console.wants_to_write, None, stoppable=False)
-
-    # --- waiting ---------------------------------------------------------------------------------------------
-
-    def _wait(self, until: Callable[[], bool], timeout_s: float | None = None, stoppable: bool = True) -> bool:
-        """Take in what happens until the condition holds; False when the time is over first."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            self._take_messages()
-            self._check_silence()
-            if stoppable and self.stopping.code is not None and not self.stopping.raised:
-                self.stopping.raised = True
-                raise StopRequested(self.stopping.code)
-            if until():
-                return True
-            now = time.monotonic()
-            if deadline is not None and now >= deadline:
-                return False
-            self._sleep(min(self._next_look, deadline or self._next_look) - now)
-
-    def _sleep(self, seconds: float) -> None:
-        if self._logs_waiting:
-            seconds = min(seconds, self._next_logs - time.monotonic())
-        mask = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.console.wants_to_write else 0)
-        if self.console.socket in self.selector.get_map():
-            if self.console.gone:
-                self.selector.unregister(self.console.socket)
-                if self.stopping.code is None:  # else it went because it was asked to, and the grace holds
-                    self._request_stop(ExitCode.HANGUP)
-            else:
-                self.selector.modify(self.console.socket, mask)
-        for key, events in self.selector.select(max(0.0, seconds)):
-            if key.fileobj is self._wake_read:
-                with contextlib.suppress(BlockingIOError):
-                    self._wake_read.recv(4096)
-                self._logs_waiting = True
-            elif events & selectors.EVENT_READ:
-                self._hear_console()
-        if self._logs_waiting and time.monotonic() >= self._next_logs:
-            self._logs_waiting = False
-            self._next_logs = time.monotonic() + LOG_BATCH_S
-            self.console.grown(self.logs.take_grown())
-        self.console.flush()
-
-    def _hear_console(self) -> None:
-        codes = {
-            "interrupt": ExitCode.INTERRUPTED,
-            "terminate": ExitCode.TERMINATED,
-            "hangup": ExitCode.HANGUP,
-        }
-        for word in self.console.receive():
-            self._request_stop(codes[word])
-
-    def _request_stop(self, code: ExitCode) -> None:
-        self.stopping.code = self.stopping.code or code
-        self.stopping.times += 1
-        self._wake()
+        self.loop.wait(lambda: self.console.gone or not self.console.wants_to_write, None, stoppable=False)
 
     def _beat_forever(self) -> None:
         """In a thread of its own: a disk that stalls here must not look like our death to the hosts."""
@@ -416,10 +298,6 @@ class Supervisor:
             time.sleep(HEARTBEAT_S)
 
     def _check_silence(self) -> None:
-        now = time.monotonic()
-        if now < self._next_look:
-            return
-        self._next_look = now + HEARTBEAT_S
         for node in self.nodes:
             if node.report.facts is None or node.gone is not None:
                 continue
@@ -429,23 +307,16 @@ class Supervisor:
 
     # --- what the hosts say ----------------------------------------------------------------------------------
 
-    def _take_messages(self) -> None:
-        while True:
-            try:
-                index, message = self.inbox.get_nowait()
-            except queue.Empty:
-                return
-            if isinstance(message, str):
-                self._note(message)
-            else:
-                self._take(self.nodes[index], message)
-
-    def _take(self, node: Node, message: object) -> None:
+    def _take(self, index: int, message: object) -> None:
+        if isinstance(message, str):
+            self._note(message)
+            return
+        node = self.nodes[index]
         report = node.report
         match message:
             case Connected():
                 node.connected = True
-                node.session.send(self._prepare(node))
+                node.session.send(prepare_message(self.request, node.report.host, self.run_id))
             case Failed(error):
                 report.error = error
                 node.gone = str(error)
@@ -492,53 +363,9 @@ class Supervisor:
             node.report.error = UnreachableError(name, f"lost before the start: {reason}", f"try: ssh {name}")
         threading.Thread(target=node.session.close, daemon=True).start()
 
-    def _prepare(self, node: Node) -> frames.Prepare:
-        request, host = self.request, node.report.host
-        return frames.Prepare(
-            run_id=self.run_id,
-            host=host.name,
-            python=worker_pythons(request, host),
-            python_named=bool(_named_python(request, host)),
-            cwd=request.cwd,
-            kind=request.target.kind,
-            target=request.target.name,
-            arguments=list(request.target.arguments),
-            environment=request.environment,
-            pass_environment=request.pass_environment,
-            prologue=request.prologue,
-            slots=request.slots(host),
-            gpus=list(host.gpus) if host.gpus is not None else None,
-            fallback_slots=1,
-            excluded_slots=list(request.excluded_slots.get(host.name, ())),
-            preload=request.preload and request.target.kind != "program",
-            requirements=list(request.requirements),
-            job=request.job,
-        )
-
     def _note(self, text: str) -> None:
         self.console.send("note", text=text)
         self.events.write(self.attempt.number if self.attempt else 0, "note", text=text)
-
-
-def agent_pythons(request: Request, host: Host) -> list[str]:
-    """Interpreters for warden and agent: any Python 3.11 does, so the host's own is a last resort."""
-    return list(dict.fromkeys([*_named_python(request, host), _own_python(), "python3", "python"]))
-
-
-def worker_pythons(request: Request, host: Host) -> list[str]:
-    """Interpreters for the ranks: the one that was named, or the same path as here, or what PATH has."""
-    return _named_python(request, host) or [_own_python(), "python3", "python"]
-
-
-def _named_python(request: Request, host: Host) -> list[str]:
-    named = host.python or request.python
-    return [named] if named else []
-
-
-def _own_python() -> str:
-    import sys
-
-    return sys.executable
 
 
 def run_supervised(

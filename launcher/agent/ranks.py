@@ -75,7 +75,7 @@ class Ranks:
             worker, descriptors = open_worker(spec, preloaded=zygote is not None)
             self.workers[spec.rank], self._watches[spec.rank] = worker, watch.Watch()
             for fd in worker.pipes:
-                self._pipes.register(fd, selectors.EVENT_READ, worker)
+                self.watch_pipe(fd, worker)
             if zygote is not None:
                 fork = frames.Fork(spec.rank, spec.environment, prepare.kind, prepare.target, prepare.arguments)
                 zygote.fork(fork, descriptors)
@@ -118,6 +118,10 @@ class Ranks:
         self._bytes += sum(self._read_pipe(key.data, key.fd) for key, _ in self._pipes.select(0))
         if max(self._bytes, self._bytes_before) < FLOOD_BYTES:
             self.read_at = now + GATHER_S
+
+    def watch_pipe(self, fd: int, worker: Worker) -> None:
+        """Read this pipe from now on."""
+        self._pipes.register(fd, selectors.EVENT_READ, worker)
 
     def _read_pipe(self, worker: Worker, fd: int) -> int:
         """Forward one piece; 0 at the end of the pipe (which closes it), or when nothing is there now."""
@@ -186,10 +190,10 @@ class Ranks:
             worker.signalled = True
         roots = [os.getpid(), self._warden]
         processes.sweep(self.cookies, roots, SWEEP_TIMEOUT_S, self._spared())
-        for rank, worker in list(self.workers.items()):
+        for rank, worker in self.workers.items():
+            self._drain(worker)  # what grandchildren wrote behind their rank's end too
             if worker.status is None:
                 worker.status = -signal.SIGKILL
-                self._drain(worker)
                 self._tell(frames.Exited(rank, worker.status, time.time_ns(), swept=True))
         self.all_ended_told = True
         self._tell(frames.AllEnded(self._attempt))

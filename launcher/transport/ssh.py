@@ -62,8 +62,8 @@ class ParamikoConnection:
     def close(self) -> None:
         self._channel.close()
         transport = self._client.get_transport()
-        if transport is not None:
-            with contextlib.suppress(OSError, EOFError):
+        if transport is not None and isinstance(transport.sock, socket.socket):
+            with contextlib.suppress(OSError):
                 transport.sock.shutdown(socket.SHUT_RDWR)  # its reader may sleep for IDLE_WAKE_S
         self._client.close()
 
@@ -104,7 +104,8 @@ def connect_paramiko(host: Host, command: str, options: ConnectOptions) -> Param
         transport.set_keepalive(KEEPALIVE_S)
         channel = transport.open_session(WINDOW_BYTES, PACKET_BYTES, timeout=options.timeout_s)
         channel.exec_command(command)
-        transport.sock.settimeout(IDLE_WAKE_S)
+        if isinstance(transport.sock, socket.socket):
+            transport.sock.settimeout(IDLE_WAKE_S)
     return ParamikoConnection(client, channel)
 
 

@@ -227,13 +227,15 @@ def test_secret_stays_in_the_job(light, start, script, tmp_path, kind, ssh):
     with CommandLines(secrets) as watched:
         run = start(*words, env={**light.env, "PLAIN_WORD": secrets[0].decode()}, folder=folder)
         run.wait_ready(4)
+        logs = run.directory / "logs" / "attempt-0"
+        printed = {logs / f"h{rank // 2 + 1}" / f"rank-{rank}.out" for rank in range(4)}
+        lab.wait_for(lambda: all(path.exists() for path in printed), "the ranks' lines")
         during = files.with_one_of(secrets)
         (folder / "go").touch()
         assert run.wait() == 0, run.err
     assert watched.rounds > 20
     assert any(b"rank 3:" in words or str(path).encode() in words for words in watched.seen)
     assert not watched.found
-    printed = {run.directory / "logs" / "attempt-0" / f"h{rank // 2 + 1}" / f"rank-{rank}.out" for rank in range(4)}
     allowed = {*printed, folder / "stdout"}
     assert printed <= during <= allowed
     assert printed <= files.with_one_of(secrets) <= allowed

@@ -6,15 +6,18 @@ import json
 import os
 import random
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from dstrain.launcher.agent.outbox import HIGH_WATER_BYTES, Outbox
+from dstrain.launcher.agent.ranks import FLOOD_BYTES, GATHER_S, Ranks
+from dstrain.launcher.agent.workers import open_worker
 from dstrain.launcher.console_link import ConsoleLink
 from dstrain.launcher.logs import LogFile, LogFiles
 from dstrain.launcher.run_dir import RunDir
-from dstrain.runtime.spec.frames import Close, FrameReader, Heartbeat, Output, Stream
+from dstrain.runtime.spec.frames import Close, FrameReader, Heartbeat, Output, ProcessSpec, Stream
 
 
 def test_outbox_keeps_order_says_when_it_is_full_and_lets_the_heartbeat_pass():
@@ -42,6 +45,29 @@ def test_outbox_keeps_order_says_when_it_is_full_and_lets_the_heartbeat_pass():
         assert arrived.index(Heartbeat()) <= 2  # behind what was already on its way
     finally:
         os.close(read)
+
+
+def test_a_trickle_is_gathered_and_a_flood_is_not():
+    """What one line a moment costs on its way is the same for ten; a full pipe would slow its rank."""
+    outbox = Outbox(os.open("/dev/null", os.O_WRONLY))
+    ranks = Ranks(outbox, warden=0, spared=set)
+    worker, ends = open_worker(ProcessSpec(0, 0, {}), preloaded=True)
+    try:
+        for fd in worker.pipes:
+            ranks.watch_pipe(fd, worker)
+        now = time.monotonic()
+        os.write(ends[0], b"a line\n")
+        ranks.read()
+        assert worker.output_bytes == 7
+        assert now + GATHER_S <= ranks.read_at <= time.monotonic() + GATHER_S
+        ranks.read_at = 0.0
+        os.write(ends[0], b"x" * FLOOD_BYTES)
+        ranks.read()
+        assert worker.output_bytes == 7 + FLOOD_BYTES
+        assert ranks.read_at == 0.0
+    finally:
+        for fd in (*worker.pipes, *ends, worker.stacks, outbox.fd):
+            os.close(fd)
 
 
 @pytest.fixture

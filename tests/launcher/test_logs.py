@@ -476,6 +476,65 @@ def test_a_held_up_terminal_does_not_slow_a_rank(light, terminal, script, tmp_pa
             assert mine == [f"{rank} {number:07d} " + "x" * 60 for number in range(LINES)]
 
 
+COUNTING = f"""{WAIT}
+number = 0
+while not os.path.exists("end"):
+    print("tick", number := number + 1, flush=True)
+    with open("count.part", "w") as file:
+        file.write(str(number))
+    os.rename("count.part", "count")
+    time.sleep(0.02)
+"""
+
+
+def test_ctrl_z_stops_the_console_and_not_the_training(light, script, tmp_path):
+    """In a shell with job control: ^Z, the ranks go on; fg, and every line is there."""
+    path, (master, slave) = script(COUNTING), pty.openpty()
+    own = {"XDG_STATE_HOME": str(tmp_path / "state"), "PS1": "$ ", "TERM": "dumb"}
+    shell = subprocess.Popen(
+        ["bash", "--norc", "--noprofile", "-i"],
+        cwd=tmp_path,
+        env=os.environ | own | light.env,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    os.set_blocking(master, False)
+    shown = bytearray()
+
+    def seen(text: bytes) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            shown.extend(os.read(master, 1 << 16))
+        return text in shown
+
+    def count() -> int:
+        file = tmp_path / "count"
+        return int(file.read_text()) if file.exists() else 0
+
+    try:
+        os.write(master, f"{lab.DSTRAIN} run --hosts h1:1 --no-python {sys.executable} {path}\n".encode())
+        lab.wait_for(lambda: seen(b"tick 3"), "the first lines", 40)
+        os.write(master, b"\x1a")
+        lab.wait_for(lambda: seen(b"Stopped"), "the shell to say that the console is stopped")
+        stopped_at = count()
+        lab.wait_for(lambda: count() > stopped_at + 20, "the training to go on")
+        os.write(master, b"fg\n")
+        lab.wait_for(lambda: seen(f"tick {stopped_at + 20}".encode()), "what was printed meanwhile")
+        (tmp_path / "end").touch()
+        lab.wait_for(lambda: seen(b"dstrain: done"), "the end")
+        os.write(master, b"exit $?\n")
+        assert shell.wait(20) == 0
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(master)
+    ticks = [int(number) for number in re.findall(rb"tick (\d+)", bytes(shown))]
+    assert ticks == list(range(1, count() + 1))
+
+
 def test_terminal_draws_during_a_flood(light, terminal, script, tmp_path):
     """Lines come out while more of them come in, and what waits to be drawn is little."""
     text = 'print("x" * 60, flush=True)\nimport sys, os\nwhile not os.path.exists("go"):\n    print("y" * 60)\n'

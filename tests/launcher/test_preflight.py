@@ -218,6 +218,18 @@ def test_bastion_is_one_shared_connection(net, start, script, tmp_path):
     assert log.count("Accepted publickey") == 1
 
 
+def test_a_proxy_command_is_the_way(net, start, script, tmp_path):
+    """nb through `ssh -W` on na; the program that is the way ends with the run."""
+    config, address = tmp_path / "config", net.hosts["nb"].address
+    way = f"ssh -F {net.config} -o BatchMode=yes -W %h:%p na"
+    config.write_text(f"Host x\n  HostName {address}\n  ProxyCommand {way}\n" + net.config.read_text())
+    run = start("--hosts", "x:2", script("print('in')"), env={"DSTRAIN_SSH_CONFIG": str(config)})
+    assert run.wait(30) == 0, run.err
+    assert sorted(run.out.splitlines()) == ["[x:0] in", "[x:1] in"]
+    assert (net.folder / "na.log").read_text().count("Accepted publickey") == 1
+    lab.wait_for(lambda: not lab.processes_with("", b"no such", f"-W\0{address}:22"), "the way to end")
+
+
 def test_package_is_sent_once_and_verified(net, start, script):
     home = "/root/.cache/dstrain"
     path = script("import dstrain.runtime as r; print(r.__file__)")

@@ -123,10 +123,11 @@ def _serve(control: socket.socket) -> tuple[Fork, list[int]] | None:
         if not data:
             return None
         for message in reader.feed(data):
-            pid, rank = 0, STORE_RANK
+            assert isinstance(message, HoldStore | Fork)
+            rank = STORE_RANK
             if isinstance(message, HoldStore):
                 pid = _fork_store(message, descriptors.popleft())
-            elif isinstance(message, Fork):
+            else:
                 rank, mine = message.rank, [descriptors.popleft() for _ in range(4)]
                 zygote, pid = os.getpid(), os.fork()
                 if pid == 0:
@@ -138,7 +139,7 @@ def _serve(control: socket.socket) -> tuple[Fork, list[int]] | None:
                 for fd in mine:
                     os.close(fd)
             ranks[pid] = rank
-            control.sendall(encode_message(Forked(rank, pid)))
+            control.sendall(encode_message(Forked(rank, pid, message.attempt)))
 
 
 def _report_ended(control: socket.socket, ranks: dict[int, int]) -> None:

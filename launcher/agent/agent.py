@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from dstrain.launcher.agent import host_facts, processes, rendezvous
 from dstrain.launcher.agent.outbox import Outbox
-from dstrain.launcher.agent.ranks import Ranks
+from dstrain.launcher.agent.ranks import Phase, Ranks
 from dstrain.launcher.agent.workers import Zygote, handle_zygote
 from dstrain.runtime.spec import frames
 from dstrain.runtime.spec.linux import become_subreaper
@@ -74,7 +74,8 @@ class Agent:
         self.zygote: Zygote | None = None
         self.store_pid: int | None = None
         self.listeners: dict[str, socket.socket] = {}
-        self.waiting_store: tuple[str, int, socket.socket] | None = None
+        self.store_attempt: int | None = None  # the attempt that wants a store; its process may be still to come
+        self.waiting_store: tuple[frames.HoldStore, socket.socket] | None = None
         self.closing = False
         self.token = ""
         self.heard_at = self.next_tick = time.monotonic()
@@ -119,11 +120,7 @@ class Agent:
             self._flush()
 
     def _wait_s(self) -> float:
-        ranks = self.ranks
-        times = [at for at in (self.next_tick, ranks.kill_at, ranks.stacks_at) if at is not None]
-        if not self.reading and not self.outbox.full:
-            times.append(ranks.read_at)
-        return max(0.0, min(times) - time.monotonic())
+        return max(0.0, min(self.next_tick, self.ranks.due_at(self.reading)) - time.monotonic())
 
     def _choose_interests(self) -> None:
         """Read the ranks' output when it is time to, and the way to the head has room; write when there is need."""
@@ -210,7 +207,7 @@ class Agent:
             return  # SIGCHLD follows and says how it ended
         for facts in handle_zygote(messages, self._forked, self.ranks.ended):
             self.tell(facts)
-            if not self.ranks.all_ended_told and facts.torch_version is None:
+            if self.ranks.phase is not Phase.ENDED and facts.torch_version is None:
                 self.tell(frames.AgentFailed(f"a rank calls the store, but {self._python()} has no torch to hold it"))
 
     def _python(self) -> str:
@@ -288,7 +285,7 @@ class Agent:
             self.tell(frames.PreloadFacts(None, None, error=f"{how}\n{said}"))
             return
         self.tell(frames.AgentFailed(f"{how}{': ' + said.splitlines()[-1] if said else ''}"))
-        self._end_attempt()
+        self._end_attempt(wait_for_forks=False)
 
     def _do_listen(self, message: frames.Listen) -> None:
         self._close_listeners()
@@ -330,10 +327,12 @@ class Agent:
         listener = self.listeners.pop(message.master_address)
         self.selector.unregister(listener.fileno())
         rendezvous.answer(listener, self.token)
+        request = frames.HoldStore(message.master_address, message.master_port, message.attempt)
+        self.store_attempt = message.attempt
         if self.zygote:
-            self.zygote.hold_store(message.master_address, message.master_port, listener)
+            self.zygote.hold_store(request, listener)
             return
-        self.waiting_store = (message.master_address, message.master_port, listener)
+        self.waiting_store = (request, listener)
         self._on(listener.fileno(), self._on_store_asked)
 
     def _on_store_asked(self, fd: int) -> None:
@@ -342,11 +341,11 @@ class Agent:
         assert self.waiting_store is not None
         assert self.prepare is not None
         assert self.facts is not None
-        address, port, listener = self.waiting_store
+        request, listener = self.waiting_store
         self.waiting_store = None
         self._start_zygote(self.prepare, self._python())
         if self.zygote:
-            self.zygote.hold_store(address, port, listener)
+            self.zygote.hold_store(request, listener)
 
     def _do_stop(self, message: frames.Stop) -> None:
         if message.grace_s <= 0:
@@ -359,29 +358,38 @@ class Agent:
 
     def _do_close(self, message: frames.Close) -> None:
         self.closing = True
-        self._end_attempt()
+        self._end_attempt(wait_for_forks=False)  # the sweep at our own end takes the zygote too
 
     # --- what outlives the ranks -----------------------------------------------------------------------------
 
-    def _forked(self, rank: int, pid: int) -> None:
-        if rank == frames.STORE_RANK:
-            self.store_pid = pid
+    def _forked(self, message: frames.Forked) -> None:
+        if message.rank != frames.STORE_RANK:
+            self.ranks.forked(message)
+        elif message.attempt == self.store_attempt:
+            self.store_pid = message.pid
         else:
-            self.ranks.forked(rank, pid)
+            processes.kill(message.pid, signal.SIGKILL)
 
     def _spared(self) -> set[int]:
         """What a sweep of the ranks leaves: the zygote for the next attempt, the store for other hosts' ranks."""
-        return {pid for pid in (self.store_pid, self.zygote and self.zygote.process.pid) if pid}
+        if self.zygote is None:
+            return set()
+        zygote = self.zygote.process.pid
+        if self.store_attempt is not None and self.store_pid is None:  # it may be there already, and be told soon
+            return {zygote} | processes.descendants(processes.all_processes(), [zygote])
+        return {zygote} | ({self.store_pid} if self.store_pid else set())
 
-    def _end_attempt(self) -> None:
+    def _end_attempt(self, wait_for_forks: bool = True) -> None:
         self._end_store()
-        self.ranks.end()
+        self.ranks.end(wait_for_forks)
 
     def _end_store(self) -> None:
+        self.store_attempt = None
         if self.store_pid:
             processes.kill(self.store_pid, signal.SIGKILL)
             self.store_pid = None
         if self.waiting_store:
-            self.selector.unregister(self.waiting_store[2].fileno())
-            self.waiting_store[2].close()
+            _, listener = self.waiting_store
+            self.selector.unregister(listener.fileno())
+            listener.close()
             self.waiting_store = None

@@ -13,7 +13,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -109,15 +109,16 @@ def reap() -> list[tuple[int, int]]:
 
 
 def sweep(
-    cookies: Iterable[bytes], roots: Iterable[int], timeout_s: float = 5.0, spared: Iterable[int] = ()
+    cookies: Iterable[bytes], roots: Iterable[int], timeout_s: float = 5.0, spared: Callable[[], set[int]] = set
 ) -> set[int]:
-    """SIGKILL every process of the job but `spared` until none is left; return what would not die (D state) in time.
+    """SIGKILL every process of the job until none is left; return what would not die (D state) in time.
 
-    Scans again until nothing is found, since a process may fork between the scan and its end.
+    Scans again until nothing is found, since a process may fork between the scan and its end. For the same reason
+    `spared` is asked anew behind each scan: one that was forked before the scan is known by then.
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        left = members(cookies, roots).difference(spared)
+        left = members(cookies, roots) - spared()
         if not left or time.monotonic() > deadline:
             return left
         for pid in left:

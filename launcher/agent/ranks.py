@@ -5,12 +5,15 @@ Everything here is called by the agent's one thread. Standard library only.
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
 
 from dstrain.launcher.agent import processes, watch
 from dstrain.launcher.agent.outbox import Outbox
@@ -21,6 +24,7 @@ from dstrain.launcher.agent.workers import (
     ask_to_end,
     oom_kills,
     open_worker,
+    pipe_bytes,
     spawn_program,
 )
 from dstrain.runtime.spec import frames
@@ -29,9 +33,26 @@ READ_BYTES = 1 << 18
 DRAIN_READS = PIPE_BYTES // READ_BYTES + 1  # what a pipe can hold when its rank ends; a grandchild may go on writing
 GATHER_S = 0.2  # few lines a second travel in packets of this length: a tenth of a line's cost is in its bytes
 FLOOD_BYTES = 1 << 15  # more than this in such a time: every piece is read at once, lest a full pipe slow its rank
+SIZABLE_PART = 4  # so is a piece of a quarter of its pipe: a user over the kernel's limit gets pipes of 4 or 8 KiB
 STACK_WAIT_S = 0.3
+FORK_TIMEOUT_S = 5.0  # less than the head waits for AllEnded; what is forked later still dies at once
 SWEEP_TIMEOUT_S = 5.0
 OOM_TICKS = 3  # a kill by the kernel is one of the last seconds; a neighbour's of yesterday is not ours
+
+
+class Phase(Enum):
+    """Of an attempt: RUNNING -> ASKED -> ENDING -> ENDED, any of the middle skipped; the next one is RUNNING again."""
+
+    RUNNING = auto()
+    ASKED = auto()  # SIGTERM has been sent, SIGKILL follows
+    ENDING = auto()  # all that we know of is killed; requests still lie in the zygote's socket and become ranks yet
+    ENDED = auto()  # the head has been told
+
+
+@dataclass(frozen=True)
+class _Pipe:
+    worker: Worker
+    sizable_bytes: int
 
 
 class Ranks:
@@ -40,11 +61,10 @@ class Ranks:
     def __init__(self, outbox: Outbox, warden: int, spared: Callable[[], set[int]]) -> None:
         self.cookies: list[bytes] = []
         self.workers: dict[int, Worker] = {}
-        self.kill_at: float | None = None
-        self.stacks_at: float | None = None
+        self.phase = Phase.ENDED
+        self._end_at = self._stacks_at = math.inf  # when ASKED becomes ENDING, and ENDING ENDED; when stacks are told
         self.read_at = 0.0  # no pipe is read before this moment
         self._period_began, self._bytes_before, self._bytes = 0.0, 0, 0
-        self.all_ended_told = True
         self._attempt = -1
         self._whole_groups = False
         self._outbox, self._warden, self._spared = outbox, warden, spared
@@ -67,7 +87,7 @@ class Ranks:
         zygote: Zygote | None,
     ) -> None:
         """Start all ranks of an attempt: forked by the zygote if there is one, else as programs."""
-        self._attempt, self.all_ended_told, self.kill_at = message.attempt, False, None
+        self._attempt, self.phase, self._end_at = message.attempt, Phase.RUNNING, math.inf
         self._whole_groups = prepare.kind == "program"
         self._oom_seen = deque([oom_kills()], maxlen=OOM_TICKS)
         for spec in message.processes:
@@ -77,7 +97,8 @@ class Ranks:
             for fd in worker.pipes:
                 self.watch_pipe(fd, worker)
             if zygote is not None:
-                fork = frames.Fork(spec.rank, spec.environment, prepare.kind, prepare.target, prepare.arguments)
+                kind, target, arguments = prepare.kind, prepare.target, prepare.arguments
+                fork = frames.Fork(spec.rank, spec.environment, kind, target, arguments, message.attempt)
                 zygote.fork(fork, descriptors)
             else:
                 self._spawn(worker, descriptors, prepare, facts, environment)
@@ -102,11 +123,25 @@ class Ranks:
             reason = f"{command[0]}: {getattr(error, 'strerror', None) or error}"
             self._tell(frames.StartFailed(worker.spec.rank, reason))
 
-    def forked(self, rank: int, pid: int) -> None:
-        """The zygote has forked this rank."""
-        self.workers[rank].pid = pid
+    def forked(self, message: frames.Forked) -> None:
+        """The zygote has forked a rank. One that comes too late gets what the others have got already."""
+        worker = self.workers.get(message.rank)
+        if message.attempt != self._attempt or worker is None or worker.status is not None:
+            processes.kill(message.pid, signal.SIGKILL)
+            return
+        worker.pid = message.pid
+        if self.phase is Phase.ASKED:
+            ask_to_end(worker, whole_group=self._whole_groups)
+        elif self.phase is Phase.ENDING:
+            processes.kill(message.pid, signal.SIGKILL)
+            if not self._forks_to_come():
+                self.end()
+            return
         if all(worker.pid for worker in self.workers.values()):
             self._tell(frames.Started({str(rank): worker.pid or 0 for rank, worker in self.workers.items()}))
+
+    def _forks_to_come(self) -> bool:
+        return any(worker.to_come for worker in self.workers.values())
 
     # --- output ----------------------------------------------------------------------------------------------
 
@@ -115,13 +150,16 @@ class Ranks:
         now = time.monotonic()
         if now - self._period_began > GATHER_S:
             self._period_began, self._bytes_before, self._bytes = now, self._bytes, 0
-        self._bytes += sum(self._read_pipe(key.data, key.fd) for key, _ in self._pipes.select(0))
+        for key, _ in self._pipes.select(0):
+            pipe: _Pipe = key.data
+            count = self._read_pipe(pipe.worker, key.fd)
+            self._bytes += count if count < pipe.sizable_bytes else max(count, FLOOD_BYTES)
         if max(self._bytes, self._bytes_before) < FLOOD_BYTES:
             self.read_at = now + GATHER_S
 
     def watch_pipe(self, fd: int, worker: Worker) -> None:
         """Read this pipe from now on."""
-        self._pipes.register(fd, selectors.EVENT_READ, worker)
+        self._pipes.register(fd, selectors.EVENT_READ, _Pipe(worker, pipe_bytes(fd) // SIZABLE_PART))
 
     def _read_pipe(self, worker: Worker, fd: int) -> int:
         """Forward one piece; 0 at the end of the pipe (which closes it), or when nothing is there now."""
@@ -175,27 +213,35 @@ class Ranks:
             self.end()
 
     def ask_to_end(self, grace_s: float) -> None:
-        """SIGTERM now, SIGKILL when the grace is over."""
+        """SIGTERM now, SIGKILL when the grace is over. The request may cross our word that all have ended."""
+        if self.phase not in (Phase.RUNNING, Phase.ASKED):
+            return
+        self.phase, self._end_at = Phase.ASKED, time.monotonic() + grace_s
         for worker in self.workers.values():
             ask_to_end(worker, whole_group=self._whole_groups)
-        self.kill_at = time.monotonic() + grace_s
         self.end_if_all_ended()
 
-    def end(self) -> None:
-        """Kill whatever of the attempt is left (grandchildren, daemons), then say so, once."""
-        if self.all_ended_told:
+    def end(self, wait_for_forks: bool = True) -> None:
+        """Kill whatever of the attempt is left (grandchildren, daemons), then say so, once.
+
+        wait_for_forks: say it only when the zygote has answered every request, or has not for FORK_TIMEOUT_S.
+        """
+        if self.phase is Phase.ENDED:
             return
-        self.kill_at = None
+        if self.phase is not Phase.ENDING:
+            self.phase, self._end_at = Phase.ENDING, time.monotonic() + FORK_TIMEOUT_S
         for worker in self.workers.values():
             worker.signalled = True
         roots = [os.getpid(), self._warden]
-        processes.sweep(self.cookies, roots, SWEEP_TIMEOUT_S, self._spared())
+        processes.sweep(self.cookies, roots, SWEEP_TIMEOUT_S, self._spared)
+        if wait_for_forks and self._forks_to_come() and time.monotonic() < self._end_at:
+            return
         for rank, worker in self.workers.items():
             self._drain(worker)  # what grandchildren wrote behind their rank's end too
             if worker.status is None:
                 worker.status = -signal.SIGKILL
                 self._tell(frames.Exited(rank, worker.status, time.time_ns(), swept=True))
-        self.all_ended_told = True
+        self.phase, self._end_at = Phase.ENDED, math.inf
         self._tell(frames.AllEnded(self._attempt))
 
     def forget(self) -> None:
@@ -224,24 +270,29 @@ class Ranks:
             self._tell(frames.Quiet(quiet))
 
     def dump_stacks(self) -> None:
-        """Ask all ranks for their stacks; `tell_stacks` is due at `stacks_at`."""
+        """Ask all ranks for their stacks; `on_time` tells them."""
         for worker in self.workers.values():
             if worker.running and worker.preloaded and worker.pid:
                 watch.clear_stack(worker.stacks)
                 processes.kill(worker.pid, frames.STACK_SIGNAL)
-        self.stacks_at = time.monotonic() + STACK_WAIT_S
+        self._stacks_at = time.monotonic() + STACK_WAIT_S
 
     def _tell_stacks(self) -> None:
         running = {str(rank): worker for rank, worker in self.workers.items() if worker.running}
         texts = {rank: watch.read_stack(worker.stacks) for rank, worker in running.items()}
         self._tell(frames.Stacks({rank: text for rank, text in texts.items() if text}))
 
+    def due_at(self, reading: bool) -> float:
+        """When to call `on_time`, or to read again unless that is being done; infinity: nothing is due."""
+        read_at = math.inf if reading or self._outbox.full else self.read_at
+        return min(self._end_at, self._stacks_at, read_at)
+
     def on_time(self, now: float) -> bool:
-        """Do what is due; True when the grace of the ranks is over."""
-        if self.stacks_at is not None and now >= self.stacks_at:
-            self.stacks_at = None
+        """Do what is due; True when the attempt's time to end has come."""
+        if now >= self._stacks_at:
+            self._stacks_at = math.inf
             self._tell_stacks()
-        return self.kill_at is not None and now >= self.kill_at
+        return now >= self._end_at
 
     def _tell(self, message: frames.Message) -> None:
         self._outbox.message(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -48,6 +49,11 @@ class Worker:
     def running(self) -> bool:
         return self.pid is not None and self.status is None
 
+    @property
+    def to_come(self) -> bool:
+        """Has the zygote still to fork it?"""
+        return self.preloaded and self.pid is None and self.status is None
+
 
 def open_worker(spec: ProcessSpec, preloaded: bool) -> tuple[Worker, list[int]]:
     """A worker with its pipes, and the four descriptors that the process itself gets."""
@@ -62,10 +68,13 @@ def open_worker(spec: ProcessSpec, preloaded: bool) -> tuple[Worker, list[int]]:
     return Worker(spec, pipes, stacks, preloaded), [*ends, os.dup(stacks)]
 
 
-def _enlarge(pipe: int) -> None:
-    import fcntl
+def pipe_bytes(pipe: int) -> int:
+    """What the pipe can hold."""
+    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
 
-    with contextlib.suppress(OSError):  # over the user's soft limit of pipe pages: the default 64 KiB works too
+
+def _enlarge(pipe: int) -> None:
+    with contextlib.suppress(OSError):  # over the user's soft limit of pipe pages; a new pipe then has 8 KiB, or 4
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
@@ -136,10 +145,10 @@ class Zygote:
         """Ask for a rank; `Forked` answers. Our copies of the descriptors are closed."""
         self._send(prepared, descriptors)
 
-    def hold_store(self, address: str, port: int, listener: socket.socket) -> None:
+    def hold_store(self, request: HoldStore, listener: socket.socket) -> None:
         """Ask for the store's process on a socket that already listens; our copy is closed."""
         listener.setblocking(True)
-        self._send(HoldStore(address, port), [listener.detach()])
+        self._send(request, [listener.detach()])
 
     def _send(self, message: Message, descriptors: list[int]) -> None:
         data = encode_message(message)
@@ -198,13 +207,13 @@ def ask_to_end(worker: Worker, whole_group: bool) -> None:
 
 
 def handle_zygote(
-    messages: list[Message], on_fork: Callable[[int, int], None], on_end: Callable[[int, int, int], None]
+    messages: list[Message], on_fork: Callable[[Forked], None], on_end: Callable[[int, int, int], None]
 ) -> list[PreloadFacts]:
     """Dispatch what the zygote said: forks and ends to the callbacks; its facts are returned."""
     facts = []
     for message in messages:
         if isinstance(message, Forked):
-            on_fork(message.rank, message.pid)
+            on_fork(message)
         elif isinstance(message, Ended):
             on_end(message.rank, message.pid, message.status)
         elif isinstance(message, PreloadFacts):

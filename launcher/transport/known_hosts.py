@@ -83,12 +83,15 @@ def fetch_key(host: Host, target: SshTarget, options: ConnectOptions) -> paramik
     from dstrain.launcher.transport.ssh import open_stream, translated
 
     with translated(host, target, options):
-        transport = paramiko.Transport(open_stream(host, target, options))
+        stream = open_stream(host, target, options)
+    with translated(host, target, options, stream):
+        transport = paramiko.Transport(stream)
         try:
             transport.start_client(timeout=options.timeout_s)
             return transport.get_remote_server_key()
         finally:
             transport.close()
+            stream.close()
 
 
 def known_key(target: SshTarget, kind: str) -> paramiko.PKey | None:

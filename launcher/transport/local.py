@@ -7,11 +7,13 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from typing import IO
 
 from dstrain.launcher.hostfile import Host
 from dstrain.runtime.spec.errors import UnreachableError
 
 CLOSE_WAIT_S = 6.0
+COMPLAINT_BYTES = 4096
 
 
 class PipeConnection:
@@ -59,8 +61,14 @@ class PipeConnection:
         return True
 
     def complaint(self) -> str:
-        size = os.fstat(self._errors.fileno()).st_size
-        return os.pread(self._errors.fileno(), 4096, max(0, size - 4096)).decode(errors="replace").strip()
+        return end_of(self._errors)
+
+
+def end_of(errors: IO[bytes]) -> str:
+    """The last words in the file that is a program's stderr."""
+    size = os.fstat(errors.fileno()).st_size
+    last = os.pread(errors.fileno(), COMPLAINT_BYTES, max(0, size - COMPLAINT_BYTES))
+    return last.decode(errors="replace").strip()
 
 
 class LocalConnection(PipeConnection):

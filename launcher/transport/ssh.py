@@ -29,6 +29,8 @@ from dstrain.launcher.transport.known_hosts import (
     is_revoked,
     load_known_keys,
 )
+from dstrain.launcher.transport.local import COMPLAINT_BYTES
+from dstrain.launcher.transport.proxy_command import ProgramStream, open_program
 from dstrain.launcher.transport.ssh_config import SshTarget, resolve
 from dstrain.runtime.spec.errors import AuthenticationError, HostError, HostKeyError, UnreachableError
 
@@ -38,8 +40,9 @@ NO_STATUS = -1  # what a channel has before, or without, an exit status
 KEEPALIVE_S = 15
 IDLE_WAKE_S = 5.0  # paramiko's reader looks up ten times a second by default: half the cost of a quiet job
 TRANSPORT_END_S = 0.5  # between the end of a channel and the end of the connection that broke it
-COMPLAINT_BYTES = 4096
 FAST_CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com")  # one pass in C instead of cipher and HMAC
+
+Stream = socket.socket | paramiko.Channel  # a Channel of a bastion's has what a Transport needs of a socket
 
 
 class ParamikoConnection:
@@ -61,11 +64,7 @@ class ParamikoConnection:
 
     def close(self) -> None:
         self._channel.close()
-        transport = self._client.get_transport()
-        if transport is not None and isinstance(transport.sock, socket.socket):
-            with contextlib.suppress(OSError):
-                transport.sock.shutdown(socket.SHUT_RDWR)  # its reader may sleep for IDLE_WAKE_S
-        self._client.close()
+        _close(self._client)
 
     def program_ended(self) -> bool:
         """An exit status, or a transport that is still there a moment later (a signal leaves no status)."""
@@ -79,12 +78,26 @@ class ParamikoConnection:
         return True
 
     def complaint(self) -> str:
-        try:
-            if not self._channel.recv_stderr_ready():
-                return ""
-            return self._channel.recv_stderr(COMPLAINT_BYTES).decode(errors="replace").strip()
-        except OSError:
-            return ""
+        said = b""
+        with contextlib.suppress(OSError):
+            if self._channel.recv_stderr_ready():
+                said = self._channel.recv_stderr(COMPLAINT_BYTES)
+        transport = self._client.get_transport()
+        return said.decode(errors="replace").strip() or (_said_on_the_way(transport.sock) if transport else "")
+
+
+def _close(client: paramiko.SSHClient) -> None:
+    """At once. The reader may sleep for IDLE_WAKE_S: closing a Channel wakes it, closing a socket does not."""
+    transport = client.get_transport()
+    if transport is not None and isinstance(transport.sock, socket.socket):
+        with contextlib.suppress(OSError):
+            transport.sock.shutdown(socket.SHUT_RDWR)
+    client.close()
+
+
+def _said_on_the_way(stream: Stream | None) -> str:
+    said = stream.complaint() if isinstance(stream, ProgramStream) else ""
+    return f"its ProxyCommand said: {said}" if said else ""
 
 
 def connect_paramiko(host: Host, command: str, options: ConnectOptions) -> ParamikoConnection:
@@ -98,14 +111,16 @@ def connect_paramiko(host: Host, command: str, options: ConnectOptions) -> Param
             if attempt + 1 == options.attempts:
                 raise
             time.sleep(random.uniform(0.2, 0.6) * 2**attempt)  # jitter: hosts do not come back in step
-    with translated(host, target, options):
-        transport = client.get_transport()
-        assert transport is not None
-        transport.set_keepalive(KEEPALIVE_S)
-        channel = transport.open_session(WINDOW_BYTES, PACKET_BYTES, timeout=options.timeout_s)
-        channel.exec_command(command)
-        if isinstance(transport.sock, socket.socket):
-            transport.sock.settimeout(IDLE_WAKE_S)
+    transport = client.get_transport()
+    assert transport is not None
+    with translated(host, target, options, transport.sock):
+        try:
+            transport.set_keepalive(KEEPALIVE_S)
+            channel = transport.open_session(WINDOW_BYTES, PACKET_BYTES, timeout=options.timeout_s)
+            channel.exec_command(command)
+        except BaseException:
+            _close(client)
+            raise
     return ParamikoConnection(client, channel)
 
 
@@ -115,6 +130,7 @@ def _login(host: Host, target: SshTarget, options: ConnectOptions) -> paramiko.S
     with translated(host, target, options):
         load_known_keys(client.get_host_keys(), target)
         stream = open_stream(host, target, options)
+    with translated(host, target, options, stream):
         try:
             client.connect(
                 target.key_alias or target.hostname,
@@ -134,6 +150,7 @@ def _login(host: Host, target: SshTarget, options: ConnectOptions) -> paramiko.S
             assert transport is not None
             if is_revoked(transport.get_remote_server_key(), target):
                 raise HostKeyError(host.name, "its host key is revoked in known_hosts", "find out who answers there")
+            stream.settimeout(IDLE_WAKE_S)
         except BaseException:
             client.close()
             stream.close()
@@ -149,13 +166,12 @@ def _fast_transport(sock: socket.socket, **options: object) -> paramiko.Transpor
     return transport
 
 
-def open_stream(host: Host, target: SshTarget, options: ConnectOptions) -> socket.socket:
+def open_stream(host: Host, target: SshTarget, options: ConnectOptions) -> Stream:
     """The byte stream to the host's sshd: through its bastions, its ProxyCommand, or straight."""
     if target.jumps:
         return _through_bastion(host, target, options)
     if target.proxy_command:
-        command = target.proxy_command.replace("%h", target.hostname).replace("%p", str(target.port))
-        return paramiko.ProxyCommand(command.replace("%r", target.user))  # type: ignore[return-value]
+        return open_program(host, target, target.proxy_command)
     try:
         stream = socket.create_connection((target.hostname, target.port), timeout=options.timeout_s)
     except socket.gaierror as error:
@@ -193,7 +209,7 @@ def parse_jump(text: str) -> Host:
     return Host(match["host"].strip("[]"), user=match["user"], port=int(match["port"]) if match["port"] else None)
 
 
-def _through_bastion(host: Host, target: SshTarget, options: ConnectOptions) -> socket.socket:
+def _through_bastion(host: Host, target: SshTarget, options: ConnectOptions) -> paramiko.Channel:
     """A channel of the last bastion's transport, which all hosts behind it share."""
     bastion = _bastions[target.jumps]
     with bastion.lock:
@@ -209,8 +225,7 @@ def _through_bastion(host: Host, target: SshTarget, options: ConnectOptions) -> 
     transport = bastion.client.get_transport() if bastion.client else None
     assert transport is not None
     where, origin = (target.hostname, target.port), ("127.0.0.1", 0)
-    # A Channel has what a Transport needs of a socket.
-    return transport.open_channel("direct-tcpip", where, origin, timeout=options.timeout_s)  # type: ignore[return-value]
+    return transport.open_channel("direct-tcpip", where, origin, timeout=options.timeout_s)
 
 
 def _login_to_bastion(jumps: tuple[str, ...], options: ConnectOptions) -> paramiko.SSHClient:
@@ -222,8 +237,8 @@ def _login_to_bastion(jumps: tuple[str, ...], options: ConnectOptions) -> parami
 
 
 @contextmanager
-def translated(host: Host, target: SshTarget, options: ConnectOptions) -> Iterator[None]:
-    """paramiko's errors as ours: the only place that knows them."""
+def translated(host: Host, target: SshTarget, options: ConnectOptions, stream: Stream | None = None) -> Iterator[None]:
+    """paramiko's errors as ours: the only place that knows them. `stream`: the way, which may have words of its own."""
     name, where = host.name, f"{target.hostname}:{target.port}"
     try:
         yield
@@ -253,4 +268,5 @@ def translated(host: Host, target: SshTarget, options: ConnectOptions) -> Iterat
         if "not found in known_hosts" in reason:
             raise HostKeyError(name, reason, f"dstrain hosts trust {name}") from None
         fix = f"try: ssh -p {target.port} {target.user}@{target.hostname}"
+        reason = "; ".join(filter(None, (reason, _said_on_the_way(stream))))
         raise UnreachableError(name, f"{where} broke off the login: {reason}", fix) from None

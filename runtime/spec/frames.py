@@ -250,6 +250,7 @@ class Fork:
     kind: str
     target: str
     arguments: list[str]
+    attempt: int
 
 
 @dataclass(frozen=True)
@@ -258,12 +259,16 @@ class HoldStore:
 
     address: str
     port: int
+    attempt: int
 
 
 @dataclass(frozen=True)
 class Forked:
+    """`attempt`: that of the request; it may have ended while the request lay in the socket."""
+
     rank: int  # STORE_RANK: the store's process
     pid: int
+    attempt: int
 
 
 @dataclass(frozen=True)

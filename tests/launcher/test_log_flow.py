@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.launcher.agent.outbox import HIGH_WATER_BYTES, Outbox
-from dstrain.launcher.agent.ranks import FLOOD_BYTES, GATHER_S, Ranks
+from dstrain.launcher.agent.ranks import FLOOD_BYTES, GATHER_S, SIZABLE_PART, Ranks
 from dstrain.launcher.agent.workers import open_worker
 from dstrain.launcher.console_link import ConsoleLink
 from dstrain.launcher.logs import LogFile, LogFiles
@@ -64,6 +65,26 @@ def test_a_trickle_is_gathered_and_a_flood_is_not():
         os.write(ends[0], b"x" * FLOOD_BYTES)
         ranks.read()
         assert worker.output_bytes == 7 + FLOOD_BYTES
+        assert ranks.read_at == 0.0
+    finally:
+        for fd in (*worker.pipes, *ends, worker.stacks, outbox.fd):
+            os.close(fd)
+
+
+def test_a_piece_that_fills_a_small_pipe_is_a_flood():
+    """Beyond fs.pipe-user-pages-soft pipes are so small that no rank ever writes FLOOD_BYTES in GATHER_S."""
+    outbox = Outbox(os.open("/dev/null", os.O_WRONLY))
+    ranks = Ranks(outbox, warden=0, spared=set)
+    worker, ends = open_worker(ProcessSpec(0, 0, {}), preloaded=True)
+    small = 2 * os.sysconf("SC_PAGESIZE")
+    try:
+        for fd in worker.pipes:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, small)
+            ranks.watch_pipe(fd, worker)
+        os.write(ends[0], b"x" * (small // SIZABLE_PART))
+        ranks.read()
+        assert ranks.read_at == 0.0
+        ranks.read()  # nothing came, but the flood was a moment ago
         assert ranks.read_at == 0.0
     finally:
         for fd in (*worker.pipes, *ends, worker.stacks, outbox.fd):

@@ -9,44 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from dstrain.runtime.spec.errors import ConfigError
-
-BYTE_VALUES = 256
-"""Tokens of the format `bytes`: each byte of the corpus is one token."""
-
-Count = Annotated[int, Field(ge=1)]
-NonNegativeCount = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-MomentDecay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Contradiction(NamedTuple):
-    """Two keys that cannot both be right: the key to change, what the others ask of it, and what it is."""
-
-    key: tuple[str, ...]
-    expected: str
-    found: str
-
-
-class Contradictions(ValueError):
-    """All contradictions of one configuration; the loader gives each its place in the file."""
-
-    def __init__(self, found: list[Contradiction]) -> None:
-        super().__init__("; ".join(f"{'.'.join(c.key)}: expected {c.expected}, found {c.found}" for c in found))
-        self.found = found
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown key, no silent conversion ("3" is no integer), no NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from dstrain.runtime.spec.data_config import BatchConfig, DataConfig
+from dstrain.runtime.spec.model_config import BYTE_VALUES, GPTConfig, ModelConfig
+from dstrain.runtime.spec.section import Contradiction, Contradictions, Count, NonNegativeCount, Positive, Section
+from dstrain.runtime.spec.training_config import (
+    CheckpointConfig,
+    LogConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 
 
 class RunConfig(Section):
@@ -70,155 +48,38 @@ class RunConfig(Section):
         default=None, description="Shell line to run before a host's workers: 'module load cuda'."
     )
     max_restarts: NonNegativeCount = Field(
-        default=0, description="Attempts after the first. None by default: nothing resumes unless asked to."
+        default=0,
+        description="Attempts after the first; each goes on from the newest checkpoint, if the job saves any.",
     )
     grace_s: Positive = Field(
         default=10.0, description="Seconds from SIGTERM to SIGKILL; 10 lets a rank write its last lines."
     )
 
 
-class GPTConfig(Section):
-    """A decoder-only transformer: pre-norm, causal attention, rotary positions."""
-
-    layers: Count = Field(description="Transformer blocks.")
-    width: Count = Field(description="Features of the residual stream; a multiple of 2 × `heads`.")
-    heads: Count = Field(description="Attention heads.")
-    context: Count = Field(description="Longest sequence in tokens.")
-    vocabulary: Count = Field(default=BYTE_VALUES, description="Tokens known; 256 are the values of a byte.")
-
-
-class ModelConfig(Section):
-    """The model to train."""
-
-    gpt: GPTConfig = Field(description="Our own GPT.")
-
-
-class DataConfig(Section):
-    """What the model reads."""
-
-    path: Path | None = Field(
-        default=None,
-        description="File, or folder read in sorted order. By default the Python standard library's source: "
-        "real text that is on every host.",
-    )
-    format: Literal["bytes"] = Field(default="bytes", description="How the corpus becomes tokens: one byte, one token.")
-    sequence_length: Count | None = Field(
-        default=None, description="Tokens of one sample; by default the model's whole context."
-    )
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.05,
-        description="Share of the corpus held out; 0.05 of a few megabytes measures the loss to about 0.01.",
-    )
-    seed: Seed = Field(default=0, description="Order of the samples.")
-
-
-class BatchConfig(Section):
-    """Samples of one optimizer step, whatever the number of ranks."""
-
-    global_: Count = Field(alias="global", description="Samples of one optimizer step, over all ranks.")
-    micro: Count = Field(description="Samples of one forward and backward on one rank; bounds the memory.")
-
-    def accumulation(self, data_ranks: int) -> int:
-        """Micro-batches that each of `data_ranks` ranks adds up in one step; never rounded.
-
-        Raises ConfigError, with every factor, when the global batch does not divide.
-        """
-        together = self.micro * data_ranks
-        if self.global_ % together:
-            nearest = max(1, round(self.global_ / together)) * together
-            raise ConfigError(
-                f"batch.global: expected a multiple of batch.micro × data ranks = {self.micro} × "
-                f"{data_ranks} = {together}, found {self.global_}; the nearest is {nearest}"
-            )
-        return self.global_ // together
-
-
-class ZeroConfig(Section):
-    """How the training state is spread over the data ranks."""
-
-    stage: Literal[0] = Field(default=0, description="0: every rank holds everything, gradients are all-reduced.")
-    bucket_elements: Count = Field(
-        default=1 << 20,
-        description="Gradient elements of one all-reduce: small enough to start early in the backward, large "
-        "enough to hide a collective's latency. 1 Mi is 4 MiB of fp32.",
-    )
-
-
-class PrecisionConfig(Section):
-    """Number formats."""
-
-    dtype: Literal["fp32"] = Field(default="fp32", description="Parameters, activations, gradients.")
-
-
-class OptimizerConfig(Section):
-    """The optimizer; defaults usual for transformers (Loshchilov and Hutter 2019, Brown et al. 2020)."""
-
-    name: Literal["adamw"] = Field(default="adamw", description="AdamW, fused.")
-    lr: Positive = Field(default=1e-3, description="Peak learning rate; 1e-3 suits models of a few million parameters.")
-    betas: tuple[MomentDecay, MomentDecay] = Field(
-        default=(0.9, 0.95),
-        description="Decay of the two moments; 0.95 recovers faster than 0.999 from a bad batch.",
-    )
-    eps: Positive = Field(default=1e-8, description="Added to the denominator.")
-    weight_decay: NonNegative = Field(default=0.1, description="Decoupled decay per unit of learning rate.")
-
-
-class ScheduleConfig(Section):
-    """The learning rate over the steps."""
-
-    name: Literal["cosine", "constant"] = Field(default="cosine", description="Shape after the warm-up.")
-    warmup_steps: NonNegativeCount = Field(
-        default=0,
-        description="Steps of linear rise from 0 to the peak; it may be longer than the training, for a quick try.",
-    )
-    minimum_ratio: Fraction | None = Field(
-        default=None,
-        description="Last learning rate ÷ peak, of `cosine`; by default 0.1 (Hoffmann et al. 2022).",
-    )
-
-
-class TrainConfig(Section):
-    """The training loop."""
-
-    steps: Count = Field(description="Optimizer steps.")
-    clip: Positive | None = Field(
-        default=1.0,
-        description="Largest global L2 norm of the gradient; null never clips. 1.0 is usual.",
-    )
-    eval_every: Count | None = Field(default=None, description="Steps between validations; by default only at the end.")
-    eval_samples: Count = Field(
-        default=256,
-        description="Validation samples, evenly spaced over the held-out part; always the same ones.",
-    )
-    seed: Seed = Field(default=0, description="Initial parameters and everything random but the data's order.")
-    sample_bytes: NonNegativeCount = Field(default=200, description="Bytes of text to generate at the end; 0 for none.")
-
-
-class LogConfig(Section):
-    """What the console gets."""
-
-    every: Count = Field(default=10, description="Steps between two progress lines.")
-
-
 class JobConfig(Section):
-    """One job. Raises pydantic's ValidationError; `load_job` turns that into one line per mistake."""
+    """One job. Raises pydantic's ValidationError; `load_job` turns that into one line per mistake.
+
+    The trainer needs `model`, `batch` and `train.steps`: see `what_a_trainer_lacks`. A script of the user's may do
+    without them.
+    """
 
     name: str = Field(default="job", min_length=1, description="Shown in listings and part of the run's id.")
     run: RunConfig = Field(default=RunConfig(), description=RunConfig.__doc__)
-    model: ModelConfig = Field(description=ModelConfig.__doc__)
+    model: ModelConfig | None = Field(default=None, description=ModelConfig.__doc__)
     data: DataConfig = Field(default=DataConfig(), description=DataConfig.__doc__)
-    batch: BatchConfig = Field(description=BatchConfig.__doc__)
+    batch: BatchConfig | None = Field(default=None, description=BatchConfig.__doc__)
     zero: ZeroConfig = Field(default=ZeroConfig(), description=ZeroConfig.__doc__)
     precision: PrecisionConfig = Field(default=PrecisionConfig(), description=PrecisionConfig.__doc__)
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description=OptimizerConfig.__doc__)
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description=ScheduleConfig.__doc__)
-    train: TrainConfig = Field(description=TrainConfig.__doc__)
+    train: TrainConfig = Field(default=TrainConfig(), description=TrainConfig.__doc__)
+    checkpoint: CheckpointConfig | None = Field(default=None, description=CheckpointConfig.__doc__)
     log: LogConfig = Field(default=LogConfig(), description=LogConfig.__doc__)
 
     @property
-    def sequence_length(self) -> int:
-        """Tokens of one sample."""
-        return self.data.sequence_length or self.model.gpt.context
+    def gpt(self) -> GPTConfig | None:
+        """Our own GPT, if it is the model."""
+        return self.model.gpt if self.model else None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> JobConfig:
@@ -227,28 +88,83 @@ class JobConfig(Section):
         return self
 
 
+def what_a_trainer_lacks(job: JobConfig) -> Iterator[Contradiction]:
+    """Keys that our trainer must have, where a user's own script need not."""
+    if job.model is None:
+        yield Contradiction(("model",), "a section with gpt, hf or factory", "none")
+    if job.batch is None:
+        yield Contradiction(("batch",), "a section with global and micro", "none")
+    if job.train.steps is None:
+        yield Contradiction(("train", "steps"), "a value", "none")
+
+
 def _contradictions(job: JobConfig) -> Iterator[Contradiction]:
-    gpt, batch, schedule = job.model.gpt, job.batch, job.schedule
+    yield from _of_model(job)
+    yield from _of_data(job)
+    yield from _of_training(job)
+    if job.run.hostfile is not None and job.run.hosts is not None:
+        yield Contradiction(("run", "hosts"), "no such key beside run.hostfile", repr(job.run.hosts))
+
+
+def _of_model(job: JobConfig) -> Iterator[Contradiction]:
+    model = job.model
+    if model is None:
+        return
+    given = [name for name in ("gpt", "hf", "factory") if getattr(model, name) is not None]
+    if len(given) != 1:
+        yield Contradiction(("model",), "one of gpt, hf, factory", ", ".join(given) or "none")
+    if model.args and model.factory is None:
+        yield Contradiction(("model", "args"), "no such key without model.factory", str(model.args))
+    if model.hf is not None and (model.hf.path is None) == (model.hf.config is None):
+        found = "none" if model.hf.path is None else "both"
+        yield Contradiction(("model", "hf"), "path (pretrained) or config (random weights)", found)
+    gpt = model.gpt
+    if gpt is None:
+        return
     if gpt.width % (2 * gpt.heads):
         even = f"a multiple of 2 × heads = {2 * gpt.heads} (a head's width is even)"
         yield Contradiction(("model", "gpt", "width"), even, str(gpt.width))
-    if gpt.vocabulary < BYTE_VALUES:
+    if gpt.vocabulary < BYTE_VALUES and job.data.format == "bytes" and job.data.factory is None:
         yield Contradiction(
             ("model", "gpt", "vocabulary"),
             f"at least {BYTE_VALUES} for data.format bytes",
             str(gpt.vocabulary),
         )
-    if job.sequence_length > gpt.context:
-        yield Contradiction(
-            ("data", "sequence_length"),
-            f"at most model.gpt.context = {gpt.context}",
-            str(job.sequence_length),
-        )
-    if batch.global_ % batch.micro:
+    length = job.data.sequence_length
+    if length is not None and length > gpt.context:
+        yield Contradiction(("data", "sequence_length"), f"at most model.gpt.context = {gpt.context}", str(length))
+
+
+def _of_data(job: JobConfig) -> Iterator[Contradiction]:
+    data, batch = job.data, job.batch
+    given = [name for name in ("path", "sources", "factory") if getattr(data, name)]
+    if len(given) > 1:
+        yield Contradiction(("data", given[-1]), f"no such key beside data.{given[0]}", "both")
+    if data.args and data.factory is None:
+        yield Contradiction(("data", "args"), "no such key without data.factory", str(data.args))
+    if (data.format == "text") != (data.tokenizer is not None) and data.factory is None:
+        expected = "a tokenizer.json for data.format text" if data.format == "text" else "none without format: text"
+        yield Contradiction(("data", "tokenizer"), expected, str(data.tokenizer or "none"))
+    if data.format != "bytes" and not given:
+        yield Contradiction(("data", "path"), f"a file or folder for data.format {data.format}", "none")
+    if batch is not None and batch.global_ % batch.micro:
         yield Contradiction(("batch", "global"), f"a multiple of batch.micro = {batch.micro}", str(batch.global_))
-    if schedule.name == "constant" and schedule.minimum_ratio is not None:
-        yield Contradiction(
-            ("schedule", "minimum_ratio"), "no such key with name: constant", str(schedule.minimum_ratio)
-        )
-    if job.run.hostfile is not None and job.run.hosts is not None:
-        yield Contradiction(("run", "hosts"), "no such key beside run.hostfile", repr(job.run.hosts))
+
+
+def _of_training(job: JobConfig) -> Iterator[Contradiction]:
+    schedule, precision, optimizer = job.schedule, job.precision, job.optimizer
+    if schedule.name in ("constant", "step") and schedule.minimum_ratio is not None:
+        found = str(schedule.minimum_ratio)
+        yield Contradiction(("schedule", "minimum_ratio"), f"no such key with name: {schedule.name}", found)
+    if (schedule.name == "step") != (schedule.every is not None):
+        expected = "a number of steps for name: step" if schedule.name == "step" else f"none for name: {schedule.name}"
+        yield Contradiction(("schedule", "every"), expected, str(schedule.every or "none"))
+    if schedule.name == "one_cycle" and schedule.warmup_steps:
+        yield Contradiction(("schedule", "warmup_steps"), "0: one_cycle has its own rise", str(schedule.warmup_steps))
+    if precision.autocast and precision.dtype == "fp32":
+        yield Contradiction(("precision", "dtype"), "bf16 or fp16 for precision.autocast", "fp32")
+    if optimizer.momentum is not None and optimizer.name not in ("sgd", "muon"):
+        found = str(optimizer.momentum)
+        yield Contradiction(("optimizer", "momentum"), f"no such key with name: {optimizer.name}", found)
+    if len(set(job.log.trackers)) < len(job.log.trackers):
+        yield Contradiction(("log", "trackers"), "each tracker once", ", ".join(job.log.trackers))

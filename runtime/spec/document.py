@@ -67,6 +67,45 @@ for _tag, _pattern, _first in (
     _CoreLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
+class _CoreDumper(yaml.SafeDumper):
+    """Quotes every text that 1.1 or 1.2 would read as something else, and writes each value where it stands."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own form)
+        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *ours]
+        for first, ours in {
+            **dict.fromkeys(yaml.SafeDumper.yaml_implicit_resolvers, ()),
+            **_CoreLoader.yaml_implicit_resolvers,
+        }.items()
+    }
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_ODD_LINE_END = re.compile("[\x85\u2028\u2029\ufeff]")
+
+
+def _list_node(dumper: _CoreDumper, items: list[Any]) -> yaml.Node:
+    """A list of plain values stands in one line."""
+    plain = not any(isinstance(item, dict | list) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=plain)
+
+
+def _text_node(dumper: _CoreDumper, text: str) -> yaml.Node:
+    """Line ends that are no newline must be escaped: PyYAML writes them into plain text as they are."""
+    style = '"' if _ODD_LINE_END.search(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_CoreDumper.add_representer(list, _list_node)
+_CoreDumper.add_representer(str, _text_node)
+
+
+def to_yaml(values: Any) -> str:
+    """Plain values as text that `Document.read` reads back as the same."""
+    return yaml.dump(values, Dumper=_CoreDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
 def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
     text = node.value
     match node.tag.rpartition(":")[2]:

@@ -9,6 +9,7 @@
     │   ├── HostKeyError      201    unknown, changed or revoked
     │   └── AuthenticationError 201
     ├── RendezvousError       205    the fixed address or port cannot be had
+    ├── CheckpointError       204    a checkpoint cannot be written, or none that is whole can be read
     └── NonFiniteError        206    loss or gradient is not finite
 
 Standard library only: the agent uses this module on a bare Python.
@@ -75,6 +76,12 @@ class RendezvousError(DstrainError):
     """The fixed rendezvous address or port cannot be had."""
 
     exit_code = ExitCode.RENDEZVOUS
+
+
+class CheckpointError(DstrainError):
+    """A checkpoint cannot be written, or none that is whole can be read."""
+
+    exit_code = ExitCode.CHECKPOINT
 
 
 class NonFiniteError(DstrainError):

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
-from dstrain.runtime.spec.config import BatchConfig, JobConfig, RunConfig, Section
+from dstrain.runtime.spec.config import JobConfig, RunConfig
+from dstrain.runtime.spec.data_config import BatchConfig
 from dstrain.runtime.spec.errors import ConfigError
 from dstrain.runtime.spec.load import load_job, load_resolved
+from dstrain.runtime.spec.section import Section
 
 EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/*.yaml"))
 
@@ -20,13 +23,14 @@ EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/*.yaml"))
 def sections(section: type[Section] = JobConfig) -> Iterator[type[Section]]:
     yield section
     for info in section.model_fields.values():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from sections(info.annotation)
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from sections(kind)
 
 
 def test_every_key_says_what_it_is() -> None:
     found = list(sections())
-    assert len(found) == 12
+    assert len(found) == 17
     for section in found:
         for name, info in section.model_fields.items():
             assert info.description, f"{section.__name__}.{name}"

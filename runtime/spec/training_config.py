@@ -1,0 +1,185 @@
+"""The sections that say how a model is trained: zero, precision, optimizer, schedule, train, checkpoint, log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dstrain.runtime.spec.section import (
+    Count,
+    Fraction,
+    ImportPath,
+    MomentDecay,
+    NonNegative,
+    NonNegativeCount,
+    OpenFraction,
+    Positive,
+    Section,
+    Seed,
+)
+
+
+class ZeroConfig(Section):
+    """How the training state is spread over the data ranks."""
+
+    stage: Literal[0] = Field(default=0, description="0: every rank holds everything, gradients are all-reduced.")
+    bucket_elements: Count = Field(
+        default=1 << 22,
+        description="Gradient elements of one all-reduce: small enough to start early in the backward, large "
+        "enough to hide a collective's latency. 4 Mi are 16 MiB of fp32.",
+    )
+
+
+class LossScaleConfig(Section):
+    """Scaling of an fp16 loss, so that small gradients do not vanish (Micikevicius et al. 2018)."""
+
+    value: Positive | None = Field(default=None, description="A fixed scale; by default it adapts.")
+    initial_power: NonNegativeCount = Field(
+        default=16, le=127, description="The first scale is 2 to this power; at most fp32's largest."
+    )
+    window: Count = Field(default=1000, description="Steps in a row without overflow before the scale doubles.")
+    hysteresis: Count = Field(
+        default=2, description="The overflow that halves the scale, and every one after it until the scale doubles."
+    )
+    minimum: Positive = Field(default=1.0, description="The scale never falls below; an overflow there ends the job.")
+
+
+class PrecisionConfig(Section):
+    """Number formats."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Parameters and activations; bf16 and fp16 keep fp32 master weights."
+    )
+    autocast: bool = Field(
+        default=False,
+        description="Keep parameters in fp32 and let torch.autocast compute in `dtype`, operation by operation.",
+    )
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        default=None, description="Gradients while they are summed over micro-batches and ranks; by default fp32."
+    )
+    loss_scale: LossScaleConfig = Field(default=LossScaleConfig(), description=LossScaleConfig.__doc__)
+
+
+class GroupConfig(Section):
+    """Parameters that are trained unlike the others."""
+
+    match: tuple[str, ...] = Field(min_length=1, description="Patterns of parameters' names: 'head.*'.")
+    lr_ratio: Positive = Field(default=1.0, description="Learning rate ÷ `optimizer.lr`.")
+    weight_decay: NonNegative | None = Field(default=None, description="In place of `optimizer.weight_decay`.")
+
+
+class OptimizerConfig(Section):
+    """The optimizer; defaults usual for transformers (Loshchilov and Hutter 2019, Brown et al. 2020)."""
+
+    name: Literal["adamw", "adam", "sgd", "adafactor", "muon"] = Field(
+        default="adamw",
+        description="adamw and adam are fused. muon moves matrices of hidden layers, adamw all the rest.",
+    )
+    factory: ImportPath | None = Field(
+        default=None, description="`package.module:name` of a torch optimizer, in place of `name`."
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="More keyword arguments of the optimizer.")
+    lr: Positive = Field(default=1e-3, description="Peak learning rate; 1e-3 suits models of a few million parameters.")
+    betas: tuple[MomentDecay, MomentDecay] = Field(
+        default=(0.9, 0.95),
+        description="Decay of the two moments; 0.95 recovers faster than 0.999 from a bad batch. adamw, adam, muon.",
+    )
+    eps: Positive = Field(default=1e-8, description="Added to the denominator. adamw, adam, muon.")
+    momentum: MomentDecay | None = Field(
+        default=None, description="Of sgd (by default 0.9) and muon (by default 0.95)."
+    )
+    weight_decay: NonNegative = Field(default=0.1, description="Decay per unit of learning rate; coupled in adam, sgd.")
+    no_decay: tuple[str, ...] = Field(
+        default=(),
+        description="Parameters without decay, also those of `groups`: patterns of names, or '1d' for all of fewer "
+        "than two dimensions (biases, norms).",
+    )
+    groups: tuple[GroupConfig, ...] = Field(
+        default=(), description="Parameters that are trained unlike the others; the first group that matches has them."
+    )
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps: a linear rise, then a shape."""
+
+    name: Literal["cosine", "constant", "linear", "step", "one_cycle", "plateau"] = Field(
+        default="cosine", description="Shape after the warm-up."
+    )
+    warmup_steps: NonNegativeCount = Field(
+        default=0,
+        description="Steps of linear rise from 0 to the peak; it may be longer than the training, for a quick try.",
+    )
+    minimum_ratio: Fraction | None = Field(
+        default=None,
+        description="Last learning rate ÷ peak: cosine 0.1 by default (Hoffmann et al. 2022), linear 0, one_cycle "
+        "start_ratio / 10,000, plateau 0.",
+    )
+    every: Count | None = Field(default=None, description="Steps between two falls, of `step`.")
+    factor: OpenFraction = Field(default=0.1, description="One fall of `step` and `plateau` multiplies by this.")
+    patience: NonNegativeCount = Field(
+        default=3, description="Validations without a better loss that `plateau` bears before it falls."
+    )
+    threshold: NonNegative = Field(default=1e-4, description="A loss better by less than this share is no better.")
+    peak_fraction: OpenFraction = Field(default=0.3, description="Share of the steps to the peak, of `one_cycle`.")
+    start_ratio: Fraction = Field(default=0.04, description="First learning rate ÷ peak, of `one_cycle`.")
+
+
+class TrainConfig(Section):
+    """The training loop."""
+
+    steps: Count | None = Field(default=None, description="Optimizer steps.")
+    clip: Positive | None = Field(
+        default=1.0,
+        description="Largest global L2 norm of the gradient; null never clips. 1.0 is usual.",
+    )
+    loss: ImportPath | None = Field(
+        default=None,
+        description="`package.module:name` of loss(output, target), for samples (input, target) of a data.factory; "
+        "by default the model returns its loss.",
+    )
+    activation_checkpointing: Literal["all"] | Count | tuple[str, ...] | None = Field(
+        default=None,
+        description="Blocks that recompute their activations: all, every k-th, or modules by patterns of names.",
+    )
+    compile: bool = Field(default=False, description="Compile the model's forward with torch.compile.")
+    ema_decay: OpenFraction | None = Field(
+        default=None, description="Keep an exponential moving average of the weights, and validate with it."
+    )
+    eval_every: Count | None = Field(default=None, description="Steps between validations; by default only at the end.")
+    eval_samples: Count = Field(
+        default=256,
+        description="Validation samples, evenly spaced over the held-out part; always the same ones.",
+    )
+    seed: Seed = Field(default=0, description="Initial parameters and everything random but the data's order.")
+    sample_bytes: NonNegativeCount = Field(
+        default=200, description="Tokens of text to generate at the end, of a language model; 0 for none."
+    )
+
+
+class CheckpointConfig(Section):
+    """Saving, so that a job can go on. Without this section nothing is saved."""
+
+    dir: Path | None = Field(default=None, description="Folder of checkpoints; by default checkpoints/NAME.")
+    every_steps: Count | None = Field(
+        default=None, description="Steps between two; by default only at the end and on SIGTERM or SIGUSR1."
+    )
+    keep_last: Count | None = Field(default=2, description="Newest checkpoints to keep; null keeps all.")
+    resume: str | None = Field(
+        default=None,
+        description="auto: from the newest whole one, if there is any; a step; or the path of one. As `--resume`.",
+    )
+
+
+class LogConfig(Section):
+    """What is shown and kept of the training."""
+
+    every: Count = Field(default=10, description="Steps between two progress lines.")
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        default=(), description="Where else the numbers go; WANDB_MODE=offline keeps them here."
+    )
+    project: str = Field(default="dstrain", min_length=1, description="Project in Weights & Biases.")
+    peak_tflops: Positive | None = Field(
+        default=None, description="Of one device in the job's dtype, for MFU; known for usual GPUs."
+    )

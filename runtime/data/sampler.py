@@ -4,17 +4,21 @@
 Samples are numbered over the whole job: step s has the samples s·G to (s+1)·G − 1 for a global batch of G.
 The corpus is cut into windows; epoch e visits each window once, in an order drawn from (seed, e), the cuts
 shifted by an offset drawn likewise. Neither ranks nor micro-batches enter, so the order is the same in any
-layout; they only say who computes which samples of a step.
+layout; they only say who computes which samples of a step. Going on at step s costs no more than beginning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dstrain.runtime.data.samples import share_of
+from dstrain.runtime.data.shuffle import Order
+from dstrain.runtime.data.tokens import Tokens
 from dstrain.runtime.spec.errors import UsageError
 
 
@@ -35,39 +39,42 @@ class BatchLayout:
 
 
 class TokenWindows:
-    """Windows of `length` tokens and their successors, over a flat tensor of tokens."""
+    """Windows of `length` tokens and their successors, over a flat sequence of tokens: Samples and Validation."""
 
-    def __init__(self, tokens: Tensor, length: int, seed: int) -> None:
-        """tokens: integers, one dimension. Raises UsageError when they do not fill one window."""
+    def __init__(self, tokens: Tokens, length: int, seed: int, *, shuffle: bool = True, key: str = "data") -> None:
+        """key: what an error names. Raises UsageError when the tokens do not fill one window."""
         if len(tokens) < 2 * length:
             raise UsageError(
-                f"data: expected at least {2 * length} tokens (twice sequence_length), found {len(tokens)}; "
+                f"{key}: expected at least {2 * length} tokens (twice sequence_length), found {len(tokens)}; "
                 "give more text, a shorter sequence_length or another validation_fraction"
             )
-        self._tokens, self._length = tokens, length
+        self._tokens, self._length, self._seed, self._shuffle = tokens, length, seed, shuffle
         self._windows = (len(tokens) - length) // length  # one less than fit leaves room for the offset
-        self._order_of = lru_cache(maxsize=2)(self._draw_order)
-        self._seed = seed
 
-    def shuffled(self, samples: range) -> Tensor:
+    def __len__(self) -> int:
+        return self._windows
+
+    def batch(self, samples: Sequence[int]) -> Tensor:
         """The samples of those global indices, (len(samples), length + 1), int64. [Note: sample order]"""
-        starts = []
-        for sample in samples:
-            epoch, index = divmod(sample, self._windows)
-            offset, order = self._order_of(epoch)
-            starts.append(offset + int(order[index]) * self._length)
-        return self._at(starts)
+        epochs, places = np.divmod(np.asarray(samples, dtype=np.int64), self._windows)
+        starts = places * self._length
+        if self._shuffle:
+            for epoch in np.unique(epochs):
+                order, mine = Order(self._seed, int(epoch), self._windows), epochs == epoch
+                starts[mine] = order.at(places[mine]) * self._length + order.offset(self._length)
+        return self._at(starts.tolist())
 
-    def evenly_spaced(self, count: int, part: slice = slice(None)) -> Tensor:
-        """`part` of `count` samples that are spread evenly over the tokens, always the same ones."""
+    def batches(self, count: int, rank: int, ranks: int, micro: int) -> Iterator[Tensor]:
+        """This rank's share of `count` windows, up to `micro` at once. See `evenly_spaced`."""
+        return (self.evenly_spaced(numbers, count) for numbers in share_of(count, rank, ranks, micro))
+
+    def evenly_spaced(self, numbers: Sequence[int], count: int) -> Tensor:
+        """Those of `count` windows that are spread evenly over the tokens, always the same ones; as `batch`."""
         last = len(self._tokens) - self._length - 1
-        return self._at([last * i // max(1, count - 1) for i in range(count)[part]])
+        return self._at([last * number // max(1, count - 1) for number in numbers])
 
     def _at(self, starts: list[int]) -> Tensor:
-        rows = [self._tokens[start : start + self._length + 1] for start in starts]
-        return torch.stack(rows).long() if rows else torch.empty(0, self._length + 1, dtype=torch.long)
-
-    def _draw_order(self, epoch: int) -> tuple[int, Tensor]:
-        generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
-        offset = int(torch.randint(self._length, (), generator=generator))
-        return offset, torch.randperm(self._windows, generator=generator)
+        rows = np.empty((len(starts), self._length + 1), dtype=np.int64)
+        for row, start in zip(rows, starts, strict=True):
+            row[:] = self._tokens.read(start, self._length + 1)
+        return torch.from_numpy(rows)

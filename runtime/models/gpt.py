@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dstrain.runtime.spec.config import GPTConfig
+from dstrain.runtime.spec.model_config import GPTConfig
 
 _INITIAL_STD = 0.02
 _ROTARY_BASE = 10_000.0
@@ -66,7 +66,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         self.head.weight = self.token.weight
         self.register_buffer("rotation", rotary(config.context, config.width // config.heads), persistent=False)
-        self._initialise(config.layers)
+        self._scale_weights()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, time) int64, time ≤ context -> logits, (batch, time, vocabulary)."""
@@ -77,23 +77,26 @@ class GPT(nn.Module):
         logits: Tensor = self.head(self.norm(x))
         return logits
 
-    @torch.no_grad()
-    def generate(self, prompt: Tensor, tokens: int, temperature: float, generator: torch.Generator) -> Tensor:
-        """Continue `prompt`, (time,) int64, by `tokens` tokens drawn with `generator`. Both, on the CPU."""
-        text = prompt.cpu()
-        for _ in range(tokens):
-            logits = self(text[-self.context :].to(prompt.device).unsqueeze(0))[0, -1]
-            chances = torch.softmax(logits.float().cpu() / temperature, dim=-1)
-            text = torch.cat([text, torch.multinomial(chances, 1, generator=generator)])
-        return text
+    def initialise(self) -> None:
+        """Fill parameters and buffers of a model that was made on the meta device, after `to_empty`.
+
+        The same numbers as making it where it is, with the same seed.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+                module.reset_parameters()
+        self.head.weight = self.token.weight  # to_empty parts them
+        self.rotation.copy_(rotary(self.context, 2 * self.rotation.shape[-1]))
+        self._scale_weights()
 
     @torch.no_grad()
-    def _initialise(self, layers: int) -> None:
+    def _scale_weights(self) -> None:
         """Normal weights; those that write to the residual stream are smaller, by the number of writers."""
+        writers = 2 * len(self.blocks)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 writes_residual = name.endswith(("attention.out.weight", "mlp.2.weight"))
-                parameter.normal_(0.0, _INITIAL_STD / (2 * layers if writes_residual else 1) ** 0.5)
+                parameter.normal_(0.0, _INITIAL_STD / (writers if writes_residual else 1) ** 0.5)
 
 
 def rotary(context: int, head_width: int) -> Tensor:
@@ -103,9 +106,15 @@ def rotary(context: int, head_width: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()])
 
 
+def parameter_count(config: GPTConfig) -> int:
+    """Trained numbers of that GPT, without the memory for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
 def rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """x, (…, time, head width), its halves taken as coordinates of points in planes, turned by their position."""
-    cosine, sine = rotation
+    cosine, sine = rotation.to(x.dtype)  # under autocast x is of a lower precision than the buffer
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
 

@@ -10,20 +10,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dstrain.runtime.comm import Communicator as Communicator
-    from dstrain.runtime.engine import DataParallelEngine as DataParallelEngine
+    from dstrain.runtime.engine import Engine as Engine
     from dstrain.runtime.engine import EngineConfig as EngineConfig
+    from dstrain.runtime.engine import StepResult as StepResult
+    from dstrain.runtime.initialization import initialize as initialize
     from dstrain.runtime.spec.config import JobConfig as JobConfig
     from dstrain.runtime.spec.load import load_job as load_job
 
 _HOME = {
     "Communicator": "comm",
-    "DataParallelEngine": "engine",
+    "Engine": "engine",
     "EngineConfig": "engine",
     "JobConfig": "spec.config",
+    "StepResult": "engine",
+    "initialize": "initialization",
     "load_job": "spec.load",
 }
 
-__all__ = ["Communicator", "DataParallelEngine", "EngineConfig", "JobConfig", "load_job"]
+__all__ = ["Communicator", "Engine", "EngineConfig", "JobConfig", "StepResult", "initialize", "load_job"]
 
 
 def __getattr__(name: str) -> object:

@@ -51,14 +51,18 @@ class Communicator:
 
     @classmethod
     @contextlib.contextmanager
-    def connect(cls, environ: Mapping[str, str] = os.environ) -> Iterator[Communicator]:
+    def connect(cls, environ: Mapping[str, str] = os.environ, meet: bool = True) -> Iterator[Communicator]:
         """Join the other ranks by torchrun's environment, and leave them at the end.
 
+        meet: leave only when all are there; not for the end of a process that may have failed.
         Without RANK in the environment this process is the only rank. A rank that leaves by an exception does
         not wait for the others; they notice the closed connections.
         """
         local_rank = int(environ.get("LOCAL_RANK", "0"))
         device = _device_of(local_rank)
+        if dist.is_initialized():  # by the script, which leaves it too
+            yield cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
+            return
         if "RANK" not in environ:
             yield cls(0, 1, local_rank, device)
             return
@@ -67,7 +71,8 @@ class Communicator:
         try:
             comm = cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
             yield comm
-            comm.barrier()
+            if meet:
+                comm.barrier()
         finally:
             dist.destroy_process_group()
 

@@ -1,243 +1,388 @@
 """The engine: data parallelism (ZeRO stage 0) around one model and its optimizer.
 
-One step, on every rank:
+One micro-batch, on every rank:
 
-    for each micro-batch:  loss = …;  engine.backward(loss, tokens, last=…)
-    engine.step(lr)
-
-[Note: gradients]
-Gradients live in flat buckets, in the order in which the backward makes them (the reverse of the
-parameters'). A hook on each parameter moves its gradient into the bucket as soon as autograd has it: copied
-on the first micro-batch, added on later ones; `p.grad` is free again at once. In the last micro-batch's
-backward a bucket that has all its gradients starts its all-reduce while the backward goes on. Buckets start
-strictly in order, for collectives are matched by order, and ranks may get their gradients in different
-orders. What the backwards leave out (a parameter that no loss depends on) is reduced as zero, so that ranks
-that take different branches cannot wait for each other.
+    output = engine(batch)
+    engine.backward(loss, num_tokens)
+    result = engine.step()          # None until the step's last micro-batch
 
 [Note: the mean]
 The loss is the mean over all tokens of the step, of all ranks and micro-batches. So each backward runs on the
 *sum* over its tokens, gradients and token counts are summed over ranks, and one division by the global count
 follows, together with clipping. How samples are spread over ranks and micro-batches changes neither loss nor
-gradients.
+gradients. Without a number of tokens each micro-batch counts as one: the mean over ranks, as DDP takes it.
+
+[Note: loss scale]
+fp16 holds nothing below 6e-8, so its losses are multiplied before the backward. What arrives is a sum over
+tokens and ranks; `_unit`, a power of two near the number of tokens of a step, divides it beforehand, so that the
+scale means what it means elsewhere. Infinite gradients on one rank are infinite in the sum, so all ranks see the
+overflow, skip the step and lower the scale alike, without a word about it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, takewhile
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dstrain.runtime.comm import Communicator, Pending
-from dstrain.runtime.spec.config import OptimizerConfig
-from dstrain.runtime.spec.errors import NonFiniteError
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.ema import WeightAverage
+from dstrain.runtime.gradients import GradientReducer
+from dstrain.runtime.loss_scale import LossScaler
+from dstrain.runtime.optimizers import set_learning_rate
+from dstrain.runtime.precision import DTYPES, MasterWeights, cast_parameters, first_non_finite, parameter_dtype
+from dstrain.runtime.spec.errors import NonFiniteError, UsageError
+from dstrain.runtime.spec.training_config import PrecisionConfig
 
 _REMEDY = "a smaller optimizer.lr, a longer schedule.warmup_steps or train.clip may help"
+
+OptimizerFactory = Callable[[Sequence[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The engine's share of a job. bucket_elements: of one all-reduce. clip: largest global norm, or None."""
+    """The engine's share of a job.
 
-    optimizer: OptimizerConfig
-    bucket_elements: int
-    clip: float | None
+    bucket_elements: of one all-reduce. clip: largest global norm, or None. accumulation: micro-batches of a step.
+    """
+
+    bucket_elements: int = 1 << 22
+    clip: float | None = None
+    accumulation: int = 1
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    ema_decay: float | None = None
+    compile: bool = False
 
 
 class StepResult(NamedTuple):
-    """What one step gives, the same on every rank. grad_norm: before clipping. tokens: of all ranks."""
+    """What one step gives, the same on every rank. grad_norm: before clipping. tokens: of all ranks.
+
+    skipped: the gradients overflowed fp16, nothing was updated. stop, save: a rank has been asked to.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
+    skipped: bool = False
+    stop: bool = False
+    save: bool = False
 
 
-class GradientBucket:
-    """One flat buffer of gradients, with a view of it for each parameter. [Note: gradients]"""
+class Schedule(Protocol):
+    """Learning rates: ours, or torch's behind `TorchSchedule`."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        first, sizes = parameters[0], [parameter.numel() for parameter in parameters]
-        self.parameters = parameters
-        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        pieces = zip(parameters, torch.split(self.flat, sizes), strict=True)
-        self.views = {parameter: piece.view_as(parameter) for parameter, piece in pieces}
-        self._absent_in_step = set(parameters)
-        self._absent_in_backward = set(parameters)
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the learning rate of `step`, counted from 1, and return it."""
 
-    def add(self, parameter: nn.Parameter) -> None:
-        """Move the parameter's gradient here: the first of a step is copied, later ones are added."""
-        assert parameter.grad is not None
-        if parameter in self._absent_in_step:
-            self.views[parameter].copy_(parameter.grad)
-            self._absent_in_step.remove(parameter)
-        else:
-            self.views[parameter].add_(parameter.grad)
-        self._absent_in_backward.discard(parameter)
-        parameter.grad = None
+    def advance(self) -> None:
+        """A step has been done."""
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether this backward has made all its gradients."""
-        return not self._absent_in_backward
+    def observe(self, val_loss: float) -> None:
+        """A validation has been done."""
 
-    def zero_absent(self) -> None:
-        """Zero the gradients that no backward of this step has made."""
-        for parameter in self._absent_in_step:
-            self.views[parameter].zero_()
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs; JSON."""
 
-    def begin_backward(self) -> None:
-        """Expect every gradient once."""
-        self._absent_in_backward = set(self.parameters)
-
-    def begin_step(self) -> None:
-        """Forget the gradients: the next ones are copied."""
-        self._absent_in_step = set(self.parameters)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
 
 
-class DataParallelEngine:
-    """Trains `model` alike on every rank.
+class Engine:
+    """Trains `module` alike on every rank.
 
-    On construction, rank 0's parameters and buffers are broadcast: one collective for each bucket and
-    buffer. A step all-reduces each bucket and one pair of numbers, once, whatever the number of
-    micro-batches.
+    On construction rank 0's parameters and buffers are broadcast: one collective for each bucket and buffer. A step
+    all-reduces each bucket and four numbers, once, whatever the number of micro-batches.
 
-    global_step: steps done.
+    global_step: steps done. micro_step: micro-batches of the step under way. learning_rate, grad_norm: of the last
+    step. stop_requested, save_requested: set by signal handlers; the next step tells all ranks. dataloader: what
+    `initialize` made of training_data.
     """
 
-    def __init__(self, model: nn.Module, comm: Communicator, config: EngineConfig) -> None:
-        self.model = model
-        self.global_step = 0
-        self._comm, self._clip = comm, config.clip
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._names = {parameter: name for name, parameter in trained.items()}
-        self._buckets = [
-            GradientBucket(group) for group in _grouped(reversed(trained.values()), config.bucket_elements)
-        ]
-        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
+    def __init__(
+        self,
+        module: nn.Module,
+        comm: Communicator,
+        config: EngineConfig,
+        optimizer: torch.optim.Optimizer | OptimizerFactory,
+        schedule: Schedule | Callable[[torch.optim.Optimizer], Schedule],
+    ) -> None:
+        self.module, self.comm, self.config = module, comm, config
+        self.global_step = self.micro_step = 0
+        self.learning_rate = self.grad_norm = 0.0
+        self.dataloader: Iterable[Any] = ()
+        self.stop_requested = self.save_requested = False
+        module.to(comm.device)
+        cast_parameters(module, parameter_dtype(config.precision))
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self._names = {parameter: name for name, parameter in trained}
+        reduce_dtype = DTYPES[config.precision.reduce_dtype or "fp32"]
+        parameters = [parameter for _, parameter in trained]
+        self._gradients = GradientReducer(parameters, comm, config.bucket_elements, reduce_dtype)
         self._broadcast_state()
-        self._optimizer = _adamw(trained.values(), config.optimizer)
-        self._pending: list[Pending] = []  # of the first len(_pending) buckets
-        self._is_last_backward = False
-        self._totals = torch.zeros(2, dtype=torch.float64, device=comm.device)  # sum of the loss, tokens
-        for parameter in trained.values():
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call] # torch's
+        self.masters = MasterWeights(parameters)
+        self.trained = [(name, self.masters[parameter]) for name, parameter in trained]
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self.masters.stand_in(optimizer)
+            self.optimizer = optimizer
+        else:
+            self.optimizer = optimizer(self.trained)
+        self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
+        self.scaler = LossScaler(config.precision.loss_scale, enabled=config.precision.dtype == "fp16")
+        self.average = WeightAverage(self.trained, config.ema_decay) if config.ema_decay else None
+        self._buffer_names = {name for name, _ in module.named_buffers()}
+        self._forward: Callable[..., Any] = torch.compile(module) if config.compile else module
+        self._totals = torch.zeros(4, dtype=torch.float64, device=comm.device)  # sum of the loss, tokens, stop, save
+        in_fp16 = "fp16" in (config.precision.dtype, config.precision.reduce_dtype)
+        self._unit = 0.0 if in_fp16 else 1.0
 
-    def backward(self, loss: Tensor, tokens: int, *, last: bool) -> None:
-        """Add the gradients of one micro-batch, whose mean over `tokens` tokens is `loss`, a scalar.
+    # --- what users see ----------------------------------------------------------------------------------------
 
-        last: no other micro-batch follows in this step: its gradients are all-reduced while they are made.
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.comm.world_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.comm.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, in autocast if the job says so; returns what the model returns."""
+        with self.autocast() if self.config.precision.autocast else contextlib.nullcontext():
+            return self._forward(*args, **kwargs)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """torch.autocast in the job's dtype, for a loss that is computed outside of the model."""
+        precision = self.config.precision
+        return torch.autocast(self.device.type, DTYPES[precision.dtype], enabled=precision.dtype != "fp32")
+
+    def backward(self, loss: Tensor, num_tokens: int | None = None) -> None:
+        """Add the gradients of one micro-batch. [Note: the mean]
+
+        loss: a scalar, the mean over num_tokens tokens (samples, whatever is counted); without it, over one.
+        The step's last micro-batch is all-reduced while its gradients are made. What other backwards leave in `grad`
+        counts for nothing. Raises UsageError where step() has not been called in between.
         """
-        self._totals += torch.stack([loss.detach().double() * tokens, loss.new_tensor(tokens).double()])
-        self._is_last_backward = last
-        for bucket in self._buckets:
-            bucket.begin_backward()
-        (loss * tokens).backward()  # type: ignore[no-untyped-call] # torch's
-        if last:
-            for bucket in self._buckets:
-                bucket.zero_absent()
-            self._launch(self._buckets[len(self._pending) :])
+        if self.micro_step == self.config.accumulation:
+            raise UsageError.mismatch(
+                "engine.backward", "engine.step() behind every backward", "another backward", "add up losses before it"
+            )
+        weight = 1 if num_tokens is None else num_tokens
+        self._gradients.begin_backward(last=self.micro_step == self.config.accumulation - 1)
+        unit = self._choose_unit(weight)
+        if weight:  # a mean over nothing is no number
+            counted = loss.new_tensor(weight, dtype=torch.double)
+            self._totals[:2] += torch.stack([loss.detach().double() * weight, counted])
+            (loss * (weight * self.scaler.value / unit)).backward()  # type: ignore[no-untyped-call] # torch's
+        self._gradients.end_backward()
+        self.micro_step += 1
 
-    def step(self, lr: float) -> StepResult:
-        """Update the parameters with the learning rate `lr`, from the gradients of all ranks.
+    def step(self) -> StepResult | None:
+        """Behind each backward: None until the step's last one, then the update from the gradients of all ranks.
 
-        Raises NonFiniteError, on all ranks at the same step and before any parameter changes, when the loss
-        or the gradient is not finite.
+        Raises NonFiniteError, on all ranks at the same step and before any parameter changes, when the loss or the
+        gradient is not finite (an fp16 gradient that overflows skips the step instead).
         """
-        assert self._is_last_backward, "step() follows a backward(…, last=True)"
-        self._comm.all_reduce(self._totals)
-        for pending in self._pending:
-            pending.wait()
-        norms = [torch.linalg.vector_norm(bucket.flat).double() for bucket in self._buckets]
-        norm_of_sum = torch.linalg.vector_norm(torch.stack(norms))
-        loss_sum, tokens, norm = torch.stack([*self._totals, norm_of_sum]).tolist()
-        result = StepResult(loss_sum / tokens, norm / tokens, int(tokens))
-        self._check_finite(result)
-        self._update(lr, scale=self._clip_factor(result.grad_norm) / tokens)
+        if self.micro_step < self.config.accumulation:
+            return None
+        asked, self.save_requested = self.save_requested, False
+        self._totals[2:] = torch.tensor([self.stop_requested, asked])
+        self.comm.all_reduce(self._totals)
+        self._gradients.wait()
+        loss_sum, tokens, stop, save, norm = torch.cat([self._totals, self._gradients.norm()[None]]).tolist()
+        divisor = tokens * self.scaler.value / self._unit if tokens else 1.0
+        result = StepResult(loss_sum / max(tokens, 1), norm / divisor, int(tokens), stop=stop > 0, save=save > 0)
+        overflowed = self.scaler.enabled and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
+        if not overflowed:
+            self._check_finite(result)
+        self.learning_rate = self.schedule.apply(self.optimizer, self.global_step + 1)
+        self.grad_norm = result.grad_norm
+        if not overflowed:
+            self._update(self._clip_factor(result.grad_norm) / divisor)
+        self.scaler.update(overflowed)
         self._begin_step()
-        return result
+        return result._replace(skipped=overflowed)
 
-    def _on_gradient(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
-        self._bucket_of[parameter].add(parameter)
-        if self._is_last_backward:
-            waiting = self._buckets[len(self._pending) :]
-            self._launch(takewhile(lambda bucket: bucket.is_complete, waiting))
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its averaged weights, where `train.ema_decay` keeps them."""
+        if self.average is None:
+            yield
+            return
+        try:
+            with self.average.swapped():
+                self.masters.publish()
+                yield
+        finally:
+            self.masters.publish()
 
-    def _launch(self, buckets: Iterable[GradientBucket]) -> None:
-        self._pending += [self._comm.start_all_reduce(bucket.flat) for bucket in buckets]
+    def save_checkpoint(self, dir: str | Path) -> Path:
+        """Save everything that resuming needs as dir/step-N; on all ranks. Returns its path. CheckpointError."""
+        from dstrain.runtime.checkpoint.save import save
+
+        return save(self, Path(dir))
+
+    def load_checkpoint(self, dir: str | Path) -> int:
+        """Go on from a checkpoint, or from the newest whole one in a folder of them; on all ranks. Returns its step.
+
+        Raises CheckpointError, and changes nothing, where there is none that is whole and fits.
+        """
+        from dstrain.runtime.checkpoint.load import load
+
+        return load(self, Path(dir)).step
+
+    def observe_validation(self, val_loss: float) -> None:
+        """Tell a schedule that looks at the validation loss."""
+        self.schedule.observe(val_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors; JSON."""
+        return {
+            "global_step": self.global_step,
+            "unit": self._unit,
+            "loss_scale": self.scaler.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average_updates": self.average.updates if self.average else 0,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.global_step, self._unit = state["global_step"], state["unit"]
+        self._gradients.wait()  # of a step that was begun and is forgotten
+        self.micro_step = 0
+        self._totals.zero_()
+        self._gradients.begin_step()
+        self.scaler.load_state_dict(state["loss_scale"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    @torch.no_grad()
+    def share_buffers(self) -> None:
+        """Rank 0's buffers (a batch norm's statistics) on all ranks: what is validated and saved is one model."""
+        for name, tensor in self.module.state_dict().items():
+            if name in self._buffer_names:
+                self.comm.broadcast(tensor)
+
+    # --- the step ----------------------------------------------------------------------------------------------
+
+    def _choose_unit(self, weight: int) -> float:
+        """[Note: loss scale] Chosen once, in the first backward, by rank 0."""
+        if not self._unit:
+            tokens = torch.tensor([weight * self.world_size * self.config.accumulation], device=self.device)
+            self.comm.broadcast(tokens)
+            self._unit = 2.0 ** round(math.log2(max(1, int(tokens))))
+        return self._unit
 
     def _clip_factor(self, norm: float) -> float:
         """The factor of torch's clip_grad_norm_."""
-        return 1.0 if self._clip is None else min(1.0, self._clip / (norm + 1e-6))
+        return 1.0 if self.config.clip is None else min(1.0, self.config.clip / (norm + 1e-6))
 
     def _check_finite(self, result: StepResult) -> None:
         step = self.global_step + 1
         if not math.isfinite(result.loss):
             raise NonFiniteError(f"step {step}: expected a finite loss, found {result.loss}; {_REMEDY}")
         if not math.isfinite(result.grad_norm):
-            views = ((p, view) for bucket in self._buckets for p, view in bucket.views.items())
-            names = [self._names[p] for p, view in views if not view.isfinite().all()]
-            where = f" (in {names[0]}, {len(names)} parameters in all)" if names else " (its square overflows)"
+            found = first_non_finite([(self._names[p], view) for p, view in self._gradients.views()])
+            more = f" and {found[1] - 1} more" if found and found[1] > 1 else ""
+            where = f" (in {found[0]}{more})" if found else " (its square overflows)"
             raise NonFiniteError(
                 f"step {step}: expected a finite gradient, found norm {result.grad_norm}{where}; {_REMEDY}"
             )
 
-    def _update(self, lr: float, scale: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        for bucket in self._buckets:
-            bucket.flat.mul_(scale)
-            for parameter, view in bucket.views.items():
-                parameter.grad = view
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+    def _update(self, scale: float) -> None:
+        self._gradients.scale(scale)
+        for parameter, view in self._gradients.views():
+            master = self.masters[parameter]
+            master.grad = view.to(master.dtype)
+        self.optimizer.step()
+        for _, master in self.trained:  # also of those that the optimizer does not move
+            master.grad = None
+        self.masters.publish()
+        self.schedule.advance()
+        if self.average is not None:
+            self.average.update()
 
     def _begin_step(self) -> None:
         self.global_step += 1
-        self._is_last_backward = False
-        self._pending.clear()
+        self.micro_step = 0
         self._totals.zero_()
-        for bucket in self._buckets:
-            bucket.begin_step()
+        self._gradients.begin_step()
 
     @torch.no_grad()
     def _broadcast_state(self) -> None:
-        for bucket in self._buckets:  # through its flat buffer: one collective for many parameters
-            for parameter, view in bucket.views.items():
+        for bucket in self._gradients.buckets:
+            if bucket.flat.dtype != bucket.parameters[0].dtype:
+                for parameter in bucket.parameters:
+                    self.comm.broadcast(parameter.data)
+                continue
+            for parameter, view in bucket.views.items():  # through the flat buffer: one collective for many
                 view.copy_(parameter)
-            self._comm.broadcast(bucket.flat)
+            self.comm.broadcast(bucket.flat)
             for parameter, view in bucket.views.items():
                 parameter.copy_(view)
-        frozen = (parameter for parameter in self.model.parameters() if not parameter.requires_grad)
-        for tensor in chain(frozen, self.model.buffers()):
-            self._comm.broadcast(tensor)
+        frozen = (parameter for parameter in self.module.parameters() if not parameter.requires_grad)
+        for tensor in chain(frozen, self.module.buffers()):
+            self.comm.broadcast(tensor)
 
 
-def _grouped(parameters: Iterable[nn.Parameter], bucket_elements: int) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one dtype, up to `bucket_elements` elements together; a larger parameter stands alone."""
-    group: list[nn.Parameter] = []
-    elements = 0
-    for parameter in parameters:
-        is_full = elements + parameter.numel() > bucket_elements
-        if group and (is_full or parameter.dtype != group[0].dtype):
-            yield group
-            group, elements = [], 0
-        group.append(parameter)
-        elements += parameter.numel()
-    if group:
-        yield group
+class JobSchedule:
+    """Our own schedule, on the job's peak learning rate."""
+
+    def __init__(self, peak: float, ratios: Any) -> None:
+        """ratios: an LRSchedule."""
+        self.peak, self.ratios = peak, ratios
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        lr = self.peak * float(self.ratios.ratio(step))
+        set_learning_rate(optimizer, lr)
+        return lr
+
+    def advance(self) -> None:
+        """The step's number says it all."""
+
+    def observe(self, val_loss: float) -> None:
+        self.ratios.observe(val_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.ratios.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ratios.load_state_dict(state)
 
 
-def _adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+class TorchSchedule:
+    """A scheduler of torch's, stepped behind each optimizer step; or none: the optimizer's own learning rates.
+
+    A ReduceLROnPlateau is the script's to step, with the loss that it has measured.
+    """
+
+    def __init__(self, scheduler: torch.optim.lr_scheduler.LRScheduler | None) -> None:
+        self.scheduler = scheduler
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        return float(optimizer.param_groups[0]["lr"])
+
+    def advance(self) -> None:
+        if self.scheduler is not None and not isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step()
+
+    def observe(self, val_loss: float) -> None:
+        """torch's schedulers are told by the script."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scheduler.state_dict() if self.scheduler is not None else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state)

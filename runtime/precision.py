@@ -1,0 +1,96 @@
+"""Number formats: low-precision parameters with fp32 master weights (Micikevicius et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.training_config import PrecisionConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parameter_dtype(config: PrecisionConfig) -> torch.dtype:
+    """Of parameters and their gradients; autocast leaves them in fp32."""
+    return torch.float32 if config.autocast else DTYPES[config.dtype]
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make fp32 parameters `dtype`, in place. Buffers stay as they are (tables of positions lose too much), except
+    those of batch norms, which torch wants in the dtype of their weights."""
+    for module in model.modules():
+        own: list[Tensor] = list(module.parameters(recurse=False))
+        if isinstance(module, _BatchNorm):
+            own += module.buffers(recurse=False)
+        for tensor in own:
+            if tensor.dtype == torch.float32:
+                tensor.data = tensor.data.to(dtype)
+
+
+class MasterWeights:
+    """An fp32 copy of each low-precision parameter; others are their own master.
+
+    The optimizer moves the masters; `publish` rounds them into the model.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._master_of: dict[nn.Parameter, nn.Parameter] = {}
+        for parameter in parameters:
+            is_low = parameter.dtype in (torch.bfloat16, torch.float16)
+            self._master_of[parameter] = nn.Parameter(parameter.detach().float()) if is_low else parameter
+        low = [(p, master) for p, master in self._master_of.items() if p is not master]
+        self._low = [parameter.data for parameter, _ in low]
+        self._masters = [master.data for _, master in low]
+
+    def __getitem__(self, parameter: nn.Parameter) -> nn.Parameter:
+        return self._master_of[parameter]
+
+    @property
+    def exist(self) -> bool:
+        """Whether any parameter has a master of its own."""
+        return bool(self._low)
+
+    def publish(self) -> None:
+        """Round the masters into the model's parameters."""
+        if self._low:
+            torch._foreach_copy_(self._low, self._masters)
+
+    def adopt(self) -> None:
+        """Take the model's parameters as the masters."""
+        if self._low:
+            torch._foreach_copy_(self._masters, self._low)
+
+    def stand_in(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have an optimizer that was made for the model's parameters move the masters."""
+        for group in optimizer.param_groups:
+            group["params"] = [self._own(optimizer, parameter) for parameter in group["params"]]
+
+    def _own(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> nn.Parameter:
+        if not parameter.requires_grad:
+            return parameter
+        if parameter not in self._master_of:
+            raise UsageError.mismatch(
+                "optimizer",
+                "parameters of the model that are trained",
+                f"another one, of shape {tuple(parameter.shape)}",
+                "make what a loss trains a part of the model",
+            )
+        master = self._master_of[parameter]
+        if master is not parameter and parameter in optimizer.state:
+            state = optimizer.state.pop(parameter)
+            lower = (torch.bfloat16, torch.float16)
+            optimizer.state[master] = {
+                key: value.float() if isinstance(value, Tensor) and value.dtype in lower else value
+                for key, value in state.items()
+            }
+        return master
+
+
+def first_non_finite(named: Sequence[tuple[str, Tensor]]) -> tuple[str, int] | None:
+    """The first name with a number that is not finite, and how many tensors have one; None: all are finite."""
+    names = [name for name, tensor in named if not tensor.isfinite().all()]
+    return (names[0], len(names)) if names else None

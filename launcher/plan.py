@@ -17,6 +17,7 @@ from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.frames import ProcessSpec
 
 TargetKind = Literal["script", "module", "program"]
+JOB_FILE_ENDINGS = (".yaml", ".yml")  # of a target that is a job for our trainer
 MASK = "***"
 SECRET_WORDS = ("KEY", "SECRET", "TOKEN", "PASS", "CREDENTIAL", "AUTH")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from dstrain.launcher.hostfile import Host, load_hostfile, parse_hosts_expression
 from dstrain.launcher.hostfile_store import find_hostfile
-from dstrain.launcher.plan import Request, Target
+from dstrain.launcher.plan import JOB_FILE_ENDINGS, Request, Target
 from dstrain.launcher.selection import SelectedHost, select
 from dstrain.runtime.spec.errors import UsageError
 
@@ -52,6 +53,7 @@ class RunOptions:
     grace_s: float | None = None
     preload: bool = True
     config: Path | None = None
+    resume: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,18 @@ class Job:
 def build_request(options: RunOptions, target: Target) -> tuple[Request, str | None]:
     """The request, and the job's name. A target that ends in .yaml is our trainer on that job."""
     config = options.config
-    if target.kind == "script" and target.name.endswith((".yaml", ".yml")):
+    if target.kind == "script" and target.name.endswith(JOB_FILE_ENDINGS):
         if target.arguments:
             found = " ".join(target.arguments)
             raise UsageError.mismatch("arguments", f"nothing behind {target.name}", found, "keys are set by --set")
         config, target = Path(target.name), Target("module", TRAINER)
+    elif options.resume and config is None:
+        raise UsageError.mismatch("--resume", "a job.yaml that says where checkpoints are", f"target {target.name}")
     elif options.overrides and config is None:
         raise UsageError.mismatch("--set", "a job.yaml to change", f"target {target.name}", "give -c job.yaml")
-    job = _load(config, options.overrides) if config else None
+    for_trainer = target == Target("module", TRAINER)
+    resume = [f"checkpoint.resume={json.dumps(options.resume)}"] if options.resume else []
+    job = _load(config, [*options.overrides, *resume], for_trainer) if config else None
     run = job.run if job else None
     environment, secrets = _environment(options, run)
     cwd = options.cwd or (str(run.cwd) if run and run.cwd else str(Path.cwd()))
@@ -109,10 +115,10 @@ def _first(*values: T | None) -> T:
     return next(value for value in values if value is not None)
 
 
-def _load(path: Path, overrides: Sequence[str]) -> Job:
+def _load(path: Path, overrides: Sequence[str], for_trainer: bool) -> Job:
     from dstrain.runtime.spec.load import load_job
 
-    job: JobConfig = load_job(path, overrides)
+    job: JobConfig = load_job(path, overrides, for_trainer=for_trainer)
     return Job(job.name, job.run, job.model_dump_json(by_alias=True, exclude={"run"}))  # run.env may hold secrets
 
 

@@ -10,179 +10,211 @@ A user's error is one line on stderr and the exit code of its class; nothing els
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import resource
+import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dstrain.runtime import progress
+from dstrain.runtime.activation_checkpointing import checkpoint_activations
+from dstrain.runtime.checkpoint.load import folder_of_job, resume_job
+from dstrain.runtime.checkpoint.save import save
 from dstrain.runtime.comm import Communicator
-from dstrain.runtime.data.corpus import check_same_on_all_ranks, load_corpus, split
-from dstrain.runtime.data.sampler import BatchLayout, TokenWindows
-from dstrain.runtime.engine import DataParallelEngine, EngineConfig, StepResult
-from dstrain.runtime.lr_schedule import lr_ratio
-from dstrain.runtime.models.gpt import GPT, next_token_loss
+from dstrain.runtime.data.data import open_data
+from dstrain.runtime.data.loader import Loader, to_device
+from dstrain.runtime.data.sampler import BatchLayout
+from dstrain.runtime.engine import Engine, JobSchedule, StepResult
+from dstrain.runtime.initialization import engine_config
+from dstrain.runtime.lr_schedule import LRSchedule
+from dstrain.runtime.models.build import build_model, context_of, vocabulary_of
+from dstrain.runtime.models.language import generate
+from dstrain.runtime.optimizers import make_optimizer
+from dstrain.runtime.reporting import Reporter
 from dstrain.runtime.spec.config import JobConfig
-from dstrain.runtime.spec.errors import DstrainError, UsageError
+from dstrain.runtime.spec.errors import ConfigError, DstrainError, UsageError
 from dstrain.runtime.spec.event import EventWriter
+from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.spec.load import load_job, load_resolved
+from dstrain.runtime.task import LanguageTask, task_of
 
 SAMPLE_TEMPERATURE = 0.8
 """Of the text at the end: below 1, so that a small model's rare nonsense stays rare."""
 
-SAMPLE_PROMPT = b"\n"
+SAMPLE_PROMPT = 10
+"""The token of a line's end in bytes."""
 
 
 class Trainer:
-    """All state of one rank: job, ranks, events, batch layout, model, engine, data."""
+    """All state of one rank: job, ranks, batch layout, data, model, engine, what is reported."""
 
     def __init__(self, job: JobConfig, comm: Communicator, events: EventWriter) -> None:
         """Raises UsageError (also ConfigError) where job, ranks and corpus do not fit together."""
-        self.job, self.comm, self.events = job, comm, events
-        micro, accumulation = job.batch.micro, job.batch.accumulation(comm.world_size)
-        self.layout = BatchLayout(comm.rank, comm.world_size, micro, accumulation)
-
-        corpus = load_corpus(job.data)
-        check_same_on_all_ranks(corpus, comm)
-        parts = split(corpus, job.data.validation_fraction)
-        self.training = TokenWindows(parts.train, job.sequence_length, job.data.seed)
-        self.validation = TokenWindows(parts.validation, job.sequence_length, job.data.seed)
-        self.corpus_bytes = len(corpus)
+        assert job.model is not None
+        assert job.batch is not None
+        assert job.train.steps is not None
+        self.job, self.comm, self.steps, self.micro = job, comm, job.train.steps, job.batch.micro
+        accumulation = job.batch.accumulation(comm.world_size)
+        self.layout = BatchLayout(comm.rank, comm.world_size, self.micro, accumulation)
 
         torch.manual_seed(job.train.seed)  # the same parameters whatever the number of ranks
-        self.model = GPT(job.model.gpt).to(comm.device)
-        torch.manual_seed(job.train.seed + 1 + comm.rank)  # what is random in training differs between ranks
-        config = EngineConfig(job.optimizer, job.zero.bucket_elements, job.train.clip)
-        self.engine = DataParallelEngine(self.model, comm, config)
+        model = build_model(job.model)
+        seed_all(job.train.seed + 1 + comm.rank)  # what is random in training differs between ranks
+        if job.train.activation_checkpointing is not None:
+            checkpoint_activations(model, job.train.activation_checkpointing)
+        self.sequence_length = job.data.sequence_length or context_of(model, job.model)
+        self.data = open_data(job.data, self.sequence_length, comm)
+        _check_vocabulary(job, self.data.vocabulary, vocabulary_of(model, job.model))
+        self.engine = Engine(
+            model,
+            comm,
+            engine_config(job, accumulation),
+            lambda parameters: make_optimizer(parameters, job.optimizer),
+            JobSchedule(job.optimizer.lr, LRSchedule(job.schedule, self.steps)),
+        )
+        self.task = task_of(self.data.training.batch(range(1)), job.train.loss)
+        self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
+        self.checkpoints = folder_of_job(job)
 
-    @property
-    def parameters(self) -> int:
-        """Trained numbers of the model."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+    def train(self) -> bool:
+        """Train all steps, validating and saving in between and at the end, then show what was learnt.
 
-    def train(self) -> None:
-        """Train all steps, validating in between and at the end; then show what was learnt."""
-        steps, every = self.job.train.steps, self.job.train.eval_every
-        self._announce()
-        started = time.perf_counter()
-        for step in range(1, steps + 1):
-            begun = time.perf_counter()
-            lr = self.job.optimizer.lr * lr_ratio(self.job.schedule, step, steps)
-            result = self.train_step(step, lr)
-            now = time.perf_counter()
-            self._report_step(step, lr, result, step_s=now - begun, elapsed_s=now - started)
-            if step == steps or (every is not None and step % every == 0):
-                val_loss = self.validate()
-                self.events.emit("validation", step=step, val_loss=val_loss)
-                self._say(progress.validation_line(step, steps, val_loss))
-        self._finish(val_loss, elapsed_s=time.perf_counter() - started)
+        Returns False when it was asked to end before; the state is saved then.
+        """
+        loaded = resume_job(self.engine, self.job, fresh_only=True)
+        if loaded is not None:
+            self.report.resumed(loaded)
+        self.report.start(self.sequence_length)
+        every, val_loss = self.job.train.eval_every, None
+        first, prefetch = self.engine.global_step, self.job.data.prefetch
+        with Loader(self.data.training, self.layout, first, prefetch, self.comm.device) as loader:
+            while self.engine.global_step < self.steps:
+                result = self.train_step(loader)
+                step = self.engine.global_step
+                if self.data.validation is not None and (step == self.steps or (every and step % every == 0)):
+                    val_loss = self.validate()
+                if self._is_time_to_save(step, asked=result.save or result.stop):
+                    self.save()
+                if result.stop and step < self.steps:
+                    self.report.stopped(step)
+                    return False
+        self._show_sample()
+        self.report.end(val_loss)
+        return True
 
-    def train_step(self, step: int, lr: float) -> StepResult:
-        """One optimizer step (counted from 1) over this rank's micro-batches. May raise NonFiniteError."""
-        for micro_batch in range(self.layout.accumulation):
-            indices = self.layout.samples(step - 1, micro_batch)
-            samples = self.training.shuffled(indices).to(self.comm.device)
-            loss = next_token_loss(self.model(samples[:, :-1]), samples)
-            is_last = micro_batch == self.layout.accumulation - 1
-            self.engine.backward(loss, tokens=samples[:, 1:].numel(), last=is_last)
-        return self.engine.step(lr)
+    def train_step(self, loader: Loader) -> StepResult:
+        """One optimizer step over this rank's micro-batches. May raise NonFiniteError."""
+        begun = time.perf_counter()
+        result = None
+        while result is None:
+            loss, count = self.task.loss(self.engine, loader.next())
+            self.engine.backward(loss, count)
+            result = self.engine.step()
+        self.report.step(result, step_s=time.perf_counter() - begun, data_wait_s=loader.take_wait_s())
+        return result
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the validation samples, in nats per token; one all-reduce of the ranks' shares."""
-        self.model.eval()
-        mine = slice(self.comm.rank, None, self.comm.world_size)
-        samples = self.validation.evenly_spaced(self.job.train.eval_samples, mine)
-        totals = torch.zeros(2, dtype=torch.float64)  # sum of the loss, tokens
-        for batch in torch.split(samples, self.job.batch.micro):
-            batch = batch.to(self.comm.device)
-            tokens = batch[:, 1:].numel()
-            if tokens:
-                totals += torch.tensor([next_token_loss(self.model(batch[:, :-1]), batch).item() * tokens, tokens])
-        totals = totals.to(self.comm.device)
-        self.comm.all_reduce(totals)
-        self.model.train()
+        """Mean loss over the validation samples; one all-reduce of the ranks' shares."""
+        engine, comm = self.engine, self.comm
+        assert self.data.validation is not None
+        totals = torch.zeros(2, dtype=torch.float64)  # sum of the loss, what was counted
+        engine.module.eval()
+        engine.share_buffers()
+        with engine.averaged():
+            for batch in self.data.validation.batches(
+                self.job.train.eval_samples, comm.rank, comm.world_size, self.micro
+            ):
+                loss, count = self.task.loss(engine, to_device(batch, comm.device))
+                totals += torch.tensor([loss.item() * count, count])
+        engine.module.train()
+        totals = totals.to(comm.device)
+        comm.all_reduce(totals)
         loss_sum, count = totals.tolist()
-        return float(loss_sum / count)
+        if not count:
+            raise UsageError.mismatch("data", "samples to validate on", "none", "look at what data.factory returns")
+        val_loss = float(loss_sum / count)
+        engine.observe_validation(val_loss)
+        self.report.validation(val_loss)
+        return val_loss
 
-    def sample_text(self) -> str:
+    # --- checkpoints -----------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Save a checkpoint now; on all ranks."""
+        assert self.checkpoints is not None
+        assert self.job.checkpoint is not None
+        begun = time.perf_counter()
+        path = save(self.engine, self.checkpoints, self.job.checkpoint.keep_last)
+        self.report.saved(path, time.perf_counter() - begun)
+
+    def _is_time_to_save(self, step: int, asked: bool) -> bool:
+        config = self.job.checkpoint
+        if config is None:
+            return False
+        return asked or step == self.steps or (config.every_steps is not None and step % config.every_steps == 0)
+
+    def _show_sample(self) -> None:
         """Text that the model goes on to write after a line's end."""
-        self.model.eval()
-        prompt = torch.tensor(list(SAMPLE_PROMPT), device=self.comm.device)
+        count = self.job.train.sample_bytes
+        if self.comm.rank or not count or self.data.decode is None or not isinstance(self.task, LanguageTask):
+            return
+        prompt = torch.tensor([SAMPLE_PROMPT], device=self.comm.device)
         generator = torch.Generator().manual_seed(self.job.train.seed)
-        tokens: Tensor = self.model.generate(prompt, self.job.train.sample_bytes, SAMPLE_TEMPERATURE, generator)
-        return bytes(token % 256 for token in tokens.tolist()).decode(errors="replace")
-
-    def _announce(self) -> None:
-        self.events.emit(
-            "start",
-            world_size=self.comm.world_size,
-            device=str(self.comm.device),
-            parameters=self.parameters,
-            corpus_bytes=self.corpus_bytes,
-            accumulation=self.layout.accumulation,
-        )
-        self._say(
-            f"{self.job.name}: {self.parameters / 1e6:.2f} M parameters, {self.corpus_bytes / 1e6:.1f} MB "
-            f"of text, {self.comm.world_size} ranks × {self.layout.accumulation} × {self.layout.micro} samples "
-            f"of {self.job.sequence_length} bytes on {self.comm.device.type}"
-        )
-
-    def _report_step(self, step: int, lr: float, result: StepResult, *, step_s: float, elapsed_s: float) -> None:
-        steps = self.job.train.steps
-        rate = result.tokens / step_s
-        self.events.emit(
-            "step",
-            step=step,
-            loss=result.loss,
-            lr=lr,
-            grad_norm=result.grad_norm,
-            tokens_per_s=rate,
-            step_s=step_s,
-            memory_bytes=_peak_memory_bytes(self.comm.device),
-        )
-        if step % self.job.log.every == 0 or step in (1, steps):
-            left_s = elapsed_s / step * (steps - step)
-            self._say(progress.step_line(step, steps, lr, result, rate, left_s))
-
-    def _finish(self, val_loss: float, elapsed_s: float) -> None:
-        if self.comm.rank == 0 and self.job.train.sample_bytes:
-            self._say(f"--- sample\n{self.sample_text()}\n---")
-        steps = self.job.train.steps
-        tokens = steps * self.job.batch.global_ * self.job.sequence_length
-        self.events.emit("end", step=steps, val_loss=val_loss, tokens=tokens, elapsed_s=elapsed_s)
-        self._say(
-            f"done: {steps} steps, {tokens / 1e6:.2f} M tokens in {elapsed_s:.1f} s "
-            f"({tokens / elapsed_s / 1000:.1f}k tokens/s), validation loss {val_loss:.4f} nats per byte"
-        )
-
-    def _say(self, line: str) -> None:
-        if self.comm.rank == 0:
-            print(line, flush=True)
+        model = self.engine.module
+        model.eval()
+        with self.engine.averaged():
+            tokens: Tensor = generate(
+                model, prompt, count, temperature=SAMPLE_TEMPERATURE, generator=generator, context=self.sequence_length
+            )
+        text = self.data.decode(tokens.tolist())
+        if text is not None:
+            self.report.say(f"--- sample\n{text}\n---")
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held: on the GPU by torch, on the CPU resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def seed_all(seed: int) -> None:
+    """Seed the generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % (1 << 32))
+    random.seed(seed)
+
+
+def _check_vocabulary(job: JobConfig, needed: int | None, known: int | None) -> None:
+    if needed is not None and known is not None and needed > known:
+        key = "model.gpt.vocabulary" if job.gpt else "model.hf"
+        raise ConfigError(f"{key}: expected at least {needed} tokens, as the data have, found {known}")
+
+
+def _save_on_signals(engine: Engine) -> None:
+    """SIGTERM ends the training behind this step, saved; SIGUSR1 saves and goes on. The ranks agree in the step."""
+
+    def stop(*_: object) -> None:
+        engine.stop_requested = True
+
+    def save_now(*_: object) -> None:
+        engine.save_requested = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGUSR1, save_now)
 
 
 def _job_of(arguments: Sequence[str] | None) -> JobConfig:
     parser = argparse.ArgumentParser(prog="python -m dstrain.runtime.trainer", allow_abbrev=False)
     parser.add_argument("job", type=Path, nargs="?", help="job.yaml; without it, the job that DSTRAIN_JOB names")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="put over the file's value")
+    parser.add_argument("--resume", metavar="auto|STEP|PATH", help="go on from a checkpoint")
     options = parser.parse_args(arguments)
+    overrides = [*options.set, *([f"checkpoint.resume={options.resume!r}"] if options.resume else [])]
     if options.job is not None:
-        return load_job(options.job, options.set)
-    if options.set:
-        raise UsageError("--set: expected a job.yaml to put it over, found none")
+        return load_job(options.job, overrides)
+    if overrides:
+        raise UsageError("--set, --resume: expected a job.yaml to put it over, found none")
     resolved = os.environ.get("DSTRAIN_JOB")
     if not resolved:
         raise UsageError("expected a job.yaml as the argument, or its resolved form in DSTRAIN_JOB, found neither")
@@ -193,12 +225,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train; returns the process's exit code."""
     try:
         job = _job_of(arguments)
-        with Communicator.connect() as comm:
-            Trainer(job, comm, EventWriter.from_environment()).train()
+        with Communicator.connect() as comm, contextlib.ExitStack() as stack:
+            trainer = Trainer(job, comm, EventWriter.from_environment())
+            stack.callback(trainer.report.close)
+            if job.checkpoint is not None:
+                _save_on_signals(trainer.engine)
+            whole = trainer.train()
     except DstrainError as error:
         sys.stderr.write(f"dstrain: {error}\n")  # at once, where print would let another rank's line in between
         return int(error.exit_code)
-    return 0
+    return 0 if whole else int(ExitCode.TERMINATED)
 
 
 if __name__ == "__main__":

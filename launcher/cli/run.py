@@ -8,13 +8,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from dstrain.launcher.plan import JOB_FILE_ENDINGS
+
 _TARGET_ENDING = {"-m": "module", "--module": "module", "--no-python": "program"}
 
 
 class RunCommand(TyperCommand):
     """Ends our options where python's end: at the target, at `-m MODULE`, at `--no-python PROGRAM`.
 
-    What follows reaches the script byte for byte, even if it looks like an option of ours.
+    What follows reaches the script byte for byte, even if it looks like an option of ours. A job.yaml has no arguments,
+    so options behind it are ours too.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -42,6 +45,9 @@ def split_target(args: list[str], takes_value: dict[str, bool]) -> tuple[list[st
             return args[:position], "module", [word[2:], *args[position + 1 :]]
         if word == "--":
             return args[:position], "script", args[position + 1 :]
+        if word.endswith(JOB_FILE_ENDINGS) and not word.startswith("-"):
+            more, _, words = split_target(args[position + 1 :], takes_value)
+            return [*args[:position], *more], "script", [word, *words]
         if not word.startswith("-") or word == "-":
             return args[:position], "script", args[position:]
         name = word.partition("=")[0] if word.startswith("--") else word[:2]
@@ -81,6 +87,9 @@ def run(
     name: Annotated[str | None, typer.Option(help="A word in the run's id.")] = None,
     ranks: Annotated[str | None, typer.Option(help="Show only these ranks' output: '0,4-7'.")] = None,
     max_restarts: Annotated[int | None, typer.Option(min=0, help="Attempts after a failed one.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|STEP|PATH", help="Go on from a checkpoint of the job.")
+    ] = None,
     grace: Annotated[float | None, typer.Option(min=0, help="Seconds from SIGTERM to SIGKILL; default 10.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, start nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
@@ -90,7 +99,8 @@ def run(
 ) -> None:
     """Start TARGET on every host, stream its output, end it cleanly.
 
-    TARGET is a job.yaml, a script.py, -m MODULE, or --no-python PROGRAM; everything behind it is the target's own.
+    TARGET is a job.yaml, a script.py, -m MODULE, or --no-python PROGRAM; everything behind it is the target's own, but
+    for a job.yaml, behind which our options may stand too.
     """
     from dstrain.launcher import foreground
     from dstrain.launcher.console import ConsoleOptions
@@ -117,6 +127,7 @@ def run(
         grace_s=grace,
         preload=not no_preload,
         config=config,
+        resume=resume,
     )
     request, job_name = build_request(options, foreground.target(kind, rest))
     program = foreground.ssh_program(ssh)

@@ -161,6 +161,9 @@ TAKES = {"-H": True, "--hostfile": True, "-n": True, "--quiet": False, "-q": Fal
         (["-H", "f", "--no-python", "prog", "--", "-x"], ["-H", "f"], "program", ["prog", "--", "-x"]),
         (["--", "-odd.py", "--quiet"], [], "script", ["-odd.py", "--quiet"]),
         (["--quiet"], ["--quiet"], "script", []),
+        (["-n", "2", "job.yaml", "--env", "A=1", "-q"], ["-n", "2", "--env", "A=1", "-q"], "script", ["job.yaml"]),
+        (["job.yml", "-q", "word", "-q"], ["-q"], "script", ["job.yml", "word", "-q"]),
+        (["x.py", "job.yaml", "-q"], [], "script", ["x.py", "job.yaml", "-q"]),
     ],
 )
 def test_our_options_end_where_pythons_do(words, ours, kind, rest):

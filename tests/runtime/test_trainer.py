@@ -83,7 +83,7 @@ def test_under_torchrun(job: Path, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "dstrain.runtime.trainer", str(job), "--set", "train.steps=5"]
     result = subprocess.run(
         [*torchrun, "--no-python", "sh", "-c", shell, *program],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         capture_output=True,
         text=True,
         timeout=150,
@@ -92,17 +92,18 @@ def test_under_torchrun(job: Path, tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     number = r"\d+\.\d+"
     assert re.fullmatch(
-        r"tiny: 0\.01 M parameters, 0\.0 MB of text, 2 ranks × 3 × 2 samples of 16 bytes on cpu", lines[0]
+        r"tiny: 0\.01 M parameters, 0\.0 MB of text, 2 ranks × 3 × 2 samples of 16 tokens on cpu, fp32",
+        lines[0],
     )
     progress = [line for line in lines if "tok/s" in line and line.startswith("step ")]
     assert [line.split()[1] for line in progress] == ["1/5", "2/5", "4/5", "5/5"]
     assert re.fullmatch(
-        rf"step 5/5 loss {number} lr {number}e-\d\d grad {number} {number}k tok/s 0:00 left", progress[-1]
+        rf"step 5/5 loss {number} lr {number}e-\d\d grad {number} [\d.]+k? tok/s 0\.\dG 0:0\d( left)?", progress[-1]
     )
     assert [line.split()[1] for line in lines if "validation loss" in line][:2] == ["4/5", "5/5"]
     assert "--- sample" in lines
     assert re.fullmatch(
-        rf"done: 5 steps, 0\.00 M tokens in {number} s \({number}k tokens/s\), "
+        rf"done: 5 steps, 960 tokens in {number} s \([\d.]+k? tokens/s\), "
         rf"validation loss {number} nats per byte",
         lines[-1],
     )
@@ -111,7 +112,7 @@ def test_under_torchrun(job: Path, tmp_path: Path) -> None:
         assert [e["kind"] for e in seen] == ["start", *["step"] * 4, "validation", "step", "validation", "end"]
         step = next(e for e in seen if e["kind"] == "step")
         fields = {"ts", "run_id", "attempt", "rank", "kind", "step", "loss", "lr", "grad_norm"}
-        assert step.keys() == fields | {"tokens_per_s", "step_s", "memory_bytes"}
+        assert step.keys() == fields | {"tokens_per_s", "step_s", "memory_bytes", "data_wait_s"}
         assert step["memory_bytes"] > 50e6
         assert seen[0]["world_size"] == 2
         assert seen[-1]["tokens"] == 5 * 12 * 16
@@ -145,7 +146,7 @@ def test_the_launchers_job_is_read_from_the_environment(
         (["--set", "train.stepz=3"], "--set train.stepz=3: train.stepz: expected one of "),
         (
             ["--set", "batch.global=13", "--set", "batch.micro=13", "--set", "data.validation_fraction=0.005"],
-            "data: expected at least 32 tokens (twice sequence_length), found 22; ",
+            "data.path: expected at least 32 tokens (twice sequence_length), found 22; ",
         ),
     ],
 )

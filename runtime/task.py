@@ -1,0 +1,77 @@
+"""What a loss is: of text, of (input, target) samples, or the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dstrain.runtime.imports import load_object
+from dstrain.runtime.models.gpt import next_token_loss
+from dstrain.runtime.models.language import logits_of
+from dstrain.runtime.spec.errors import UsageError
+
+Forward = Callable[..., Any]
+
+
+class Task(Protocol):
+    """loss: (mean over what is counted, how much that is) of one micro-batch. unit: of what is counted."""
+
+    unit: str
+
+    def loss(self, forward: Forward, batch: Any) -> tuple[Tensor, int]:
+        """One forward, and its loss."""
+
+
+class LanguageTask:
+    """Batches of tokens, (micro, length + 1) int64: each token predicts the next. In nats per token."""
+
+    unit = "tokens"
+
+    def loss(self, forward: Forward, batch: Any) -> tuple[Tensor, int]:
+        logits = logits_of(forward(batch[:, :-1]))
+        return next_token_loss(logits, batch), batch[:, 1:].numel()
+
+
+class SampleTask:
+    """Batches of (input, …, target), or of names: the loss is `train.loss`'s, or what the model returns."""
+
+    unit = "samples"
+
+    def __init__(self, loss: str | None) -> None:
+        self._loss: Callable[..., Tensor] | None = load_object(loss, "train.loss") if loss else None
+
+    def loss(self, forward: Forward, batch: Any) -> tuple[Tensor, int]:
+        if self._loss is None:
+            output = forward(**batch) if isinstance(batch, Mapping) else forward(*_parts(batch))
+            return _own_loss(output), _samples(batch)
+        *inputs, target = _parts(batch)
+        return self._loss(forward(*inputs), target), len(target)
+
+
+def task_of(batch: Any, loss: str | None) -> Task:
+    """The task that a batch of this shape asks for. Raises UsageError for a loss that cannot be imported."""
+    is_text = loss is None and isinstance(batch, Tensor) and not batch.is_floating_point() and batch.dim() == 2
+    return LanguageTask() if is_text else SampleTask(loss)
+
+
+def _parts(batch: Any) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def _samples(batch: Any) -> int:
+    first = next(iter(batch.values())) if isinstance(batch, Mapping) else _parts(batch)[0]
+    return len(first)
+
+
+def _own_loss(output: Any) -> Tensor:
+    """The loss in what a model has returned: itself, `output["loss"]`, or transformers' `output.loss`."""
+    loss = output["loss"] if isinstance(output, Mapping) and "loss" in output else output
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        return loss
+    shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(output).__name__
+    raise UsageError.mismatch(
+        "train.loss", "a function of (output, target), or a model that returns its loss", shape, "give train.loss"
+    )

@@ -48,7 +48,7 @@ class RunDir:
         return run
 
     def _list(self, run_id: str) -> None:
-        state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "dstrain" / "runs"
+        state = _users_runs()
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
             (state / run_id).symlink_to(self.path)
@@ -72,3 +72,28 @@ class RunDir:
         fresh = self.path / f".{name}.tmp"
         fresh.write_text(json.dumps(value, indent=2) + "\n")
         fresh.replace(self.path / name)
+
+
+def find_run(name: str, base: Path = Path("runs")) -> Path:
+    """The directory of the run `name`: a path, or an id in `base` or in the user's list. Raises UsageError."""
+    for path in (Path(name), base / name, _users_runs() / name):
+        if _is_run(path):
+            return path.resolve()
+    fix = f"the ids are in {base}/ and {_users_runs()}/"
+    raise UsageError.mismatch("RUN", "a run's directory or id", ascii(name), fix)
+
+
+def newest_run(base: Path = Path("runs")) -> Path:
+    """The run in `base` that began last, by its id. Raises UsageError when there is none."""
+    runs = [path for path in base.glob("*") if _is_run(path)]
+    if not runs:
+        raise UsageError.mismatch("RUN", f"a run in ./{base}", "none", "name its directory or its id")
+    return max(runs, key=lambda path: path.name)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "job.json").is_file() or (path / "events.jsonl").is_file()
+
+
+def _users_runs() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "dstrain" / "runs"

@@ -6,7 +6,8 @@ import sys
 
 import typer
 
-from dstrain.launcher.cli import hosts
+from dstrain.launcher.cli import config, hosts
+from dstrain.launcher.cli.report import report
 from dstrain.launcher.cli.run import RunCommand, run
 from dstrain.launcher.cli.trust import trust
 from dstrain.runtime.spec.errors import DstrainError
@@ -22,6 +23,8 @@ app = typer.Typer(
 app.command("run", cls=RunCommand)(run)
 hosts.app.command("trust")(trust)
 app.add_typer(hosts.app, name="hosts")
+app.add_typer(config.app, name="config")
+app.command("report")(report)
 
 
 def _show_version(value: bool) -> None:

@@ -18,7 +18,7 @@ $(BIN)/python:
 # torch first and alone, by its exact version: another package's range must not choose it.
 .stamps/dependencies: $(BIN)/python constraints.txt pyproject.toml
 	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/pip install --quiet --constraint constraints.txt ClusterShell paramiko pydantic pyyaml rich safetensors typer setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt ClusterShell paramiko plotly pydantic pyyaml rich safetensors typer setuptools wheel
 	mkdir -p .stamps && touch $@
 
 .stamps/package: .stamps/dependencies $(SOURCES)

@@ -55,7 +55,7 @@ def _timed(series: Series, command: list[str], folder: Path, environment: dict[s
             if series.name.startswith("dstrain"):
                 peaks |= _peaks(process.pid)
             time.sleep(0.05)
-    series.seconds.append(time.perf_counter() - start)
+    series.values.append(time.perf_counter() - start)
     counted = subprocess.run(["wc", "-l", str(folder / "out")], capture_output=True, text=True, check=True)
     lines = int(counted.stdout.split()[0])
     if process.returncode != 0 or lines != 2 * LINES:

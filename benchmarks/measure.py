@@ -15,14 +15,15 @@ from pathlib import Path
 
 @dataclass
 class Series:
-    """Seconds of one contender, round by round."""
+    """What one contender took, round by round: seconds, or another unit."""
 
     name: str
-    seconds: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    unit: str = "s"
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.values)
 
 
 def timed(
@@ -37,7 +38,7 @@ def timed(
     done = subprocess.run(
         [str(word) for word in command], cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
     )
-    series.seconds.append(time.perf_counter() - start)
+    series.values.append(time.perf_counter() - start)
     if done.returncode != 0:
         raise SystemExit(f"{series.name}: exit {done.returncode}\n{done.stderr[-2000:]}")
 
@@ -54,9 +55,14 @@ def describe() -> None:
 def report(ours: Series, theirs: Series) -> None:
     """Both medians with quartiles, and the ratio round by round."""
     for series in (ours, theirs):
-        low, _, high = statistics.quantiles(series.seconds, n=4)
-        spread = f"quartiles {low:.3f} to {high:.3f}   rounds {len(series.seconds)}"
-        print(f"{series.name:36} median {series.median:.3f} s   {spread}")
-    ratios = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+        report_one(series)
+    ratios = [a / b for a, b in zip(ours.values, theirs.values, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     print(f"{'ratio':36} median {statistics.median(ratios):.3f}     quartiles {low:.3f} to {high:.3f}")
+
+
+def report_one(series: Series) -> None:
+    """The median with quartiles."""
+    low, _, high = statistics.quantiles(series.values, n=4)
+    spread = f"quartiles {low:.3f} to {high:.3f}   rounds {len(series.values)}"
+    print(f"{series.name:36} median {series.median:.3f} {series.unit}   {spread}")

@@ -56,6 +56,8 @@ def test_floor(path: Path) -> None:
             assert in_spec or not name.startswith("dstrain.runtime."), f"{room}: {name}"
             if top == "paramiko":
                 assert room.startswith("launcher/transport/"), f"{room}: paramiko"
+            if top in ("plotly", "numpy"):
+                assert room.startswith("launcher/report/"), f"{room}: {top}"
         else:
             assert not name.startswith("dstrain.launcher"), f"{room}: the runtime knows no launcher"
         if room.startswith("launcher/agent/") or room.removeprefix("runtime/spec/").removesuffix(".py") in PLAIN_SPEC:
@@ -77,7 +79,7 @@ def modules_after(statement: str, *options: str) -> set[str]:
 
 def test_command_line_imports_neither_torch_nor_paramiko() -> None:
     loaded = modules_after("import dstrain.launcher.cli")
-    assert not loaded & {"torch", "paramiko", "pydantic", "ClusterShell", "numpy", "rich"}
+    assert not loaded & {"torch", "paramiko", "pydantic", "ClusterShell", "numpy", "rich", "plotly", "yaml"}
 
 
 def test_spec_pulls_in_no_torch() -> None:

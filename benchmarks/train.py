@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train_rank import batches, engine_step, gpt, plain_step
 
 from measure import Series, describe, report
+from train_rank import batches, engine_step, gpt, plain_step
 
 RANKS = 2
 WARMUP, STEPS = 3, 8

@@ -25,6 +25,9 @@ from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator, Pending
 
+_NORM_ELEMENTS = 1 << 18
+"""torch adds squares in fp32 on the CPU: the norm of 30 Mi numbers is wrong by 2e-3, of 256 Ki by 2e-6."""
+
 
 class GradientBucket:
     """One flat buffer of gradients, with a view of it for each parameter. [Note: gradients]"""
@@ -109,10 +112,14 @@ class GradientReducer:
 
     def norm(self) -> Tensor:
         """Their global L2 norm, float64, one number."""
-        norms = [torch.linalg.vector_norm(bucket.flat, dtype=_norm_dtype(bucket.flat)) for bucket in self.buckets]
+        norms = [
+            torch.linalg.vector_norm(piece, dtype=_norm_dtype(piece))
+            for bucket in self.buckets
+            for piece in bucket.flat.split(_NORM_ELEMENTS)  # type: ignore[no-untyped-call] # torch's
+        ]
         if not norms:
             return torch.zeros((), dtype=torch.float64, device=self._comm.device)
-        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.double() for norm in norms]))
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms).double())
         return total
 
     def scale(self, factor: float) -> None:
@@ -146,8 +153,8 @@ class GradientReducer:
         self._pending += [self._comm.start_all_reduce(bucket.flat) for bucket in buckets]
 
 
-def _norm_dtype(flat: Tensor) -> torch.dtype | None:
-    return torch.float32 if flat.dtype in (torch.bfloat16, torch.float16) else None
+def _norm_dtype(gradients: Tensor) -> torch.dtype | None:
+    return torch.float32 if gradients.dtype in (torch.bfloat16, torch.float16) else None
 
 
 def grouped(parameters: Iterable[nn.Parameter], bucket_elements: int) -> Iterator[list[nn.Parameter]]:

@@ -17,6 +17,11 @@ import pytest
 
 import lab
 
+# Under nohup, or in the background of a script, these are ignored, and whatever a test starts would inherit that.
+for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _usual)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without root the lab's tests say why they do not run; where CI is set they must run, and fail instead."""

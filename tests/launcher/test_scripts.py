@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import zipfile
@@ -408,7 +407,6 @@ def test_looks_like_a_plain_interpreter(start, script, tmp_path, kind, mode):
         [sys.executable, *words[kind], "a b", "*"],
         cwd=tmp_path,
         env={**os.environ, **environment},
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=True,

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch._dynamo  # torch's optimizers import it: it belongs to the floor
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,11 +99,11 @@ def ddp_step() -> Step:
 
 
 def engine_step() -> Step:
-    """The engine with the project's default bucket size."""
+    """The engine with the project's default bucket size, and the optimizer of `adamw`."""
     from dstrain.runtime import initialize  # here: the peers' memory is not to hold it
 
-    model = gpt()
-    engine = initialize(model, {"train": {"clip": CLIP}}, optimizer=adamw(model))
+    optimizer = {"name": "adamw", "lr": LR, "betas": [0.9, 0.999], "weight_decay": 0.01}
+    engine = initialize(gpt(), {"optimizer": optimizer, "train": {"clip": CLIP}})
 
     def step(tokens: Tensor) -> float:
         loss = loss_of(engine(tokens[:, :-1]), tokens[:, 1:])

@@ -25,6 +25,7 @@ from dstrain.runtime.imports import load_object
 from dstrain.runtime.parameter_groups import NamedParameters, ParameterGroup, check_patterns, group_parameters, matches
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import OptimizerConfig
+from dstrain.runtime.without_dynamo import without_dynamo
 
 NOT_HIDDEN = ("*embed*", "wte", "wpe", "token*", "position*", "*bias*", "head", "*_head", "classifier", "shared")
 """Parts of the names of matrices that Muon leaves to AdamW: 'token.weight', 'lm_head.weight'."""
@@ -58,6 +59,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_ratio"]
 
 
+@without_dynamo
 class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers of different parameters, with the interface, the state and the state_dict of one.
 
@@ -122,7 +124,7 @@ def _torchs(
     if kind in _FUSED and not _IMPLEMENTATIONS & args.keys() and all(map(_is_fusible, groups)):
         own["fused"] = True
     label = f"torch.optim.{kind.__name__}"
-    optimizer: torch.optim.Optimizer = _call(kind, label, _for_torch(groups, config), own, args)
+    optimizer: torch.optim.Optimizer = _call(without_dynamo(kind), label, _for_torch(groups, config), own, args)
     return optimizer
 
 

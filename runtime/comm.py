@@ -1,4 +1,4 @@
-"""Communication between ranks: the only module that calls torch.distributed.
+"""Communication between ranks: with `comm_group`, the only module that calls torch.distributed.
 
 Gloo on CPU, NCCL on CUDA, behind one small class. A single process without torchrun's environment needs no
 process group: its collectives are the identity. Every wait ends after `TIMEOUT`.
@@ -12,24 +12,18 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Protocol, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.spec.errors import UsageError
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """The longest that a rank waits for the others; a large model's slowest rank may start minutes late."""
-
-
-class Pending(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> object:
-        """Return once the result may be used. RuntimeError when a rank has gone or `TIMEOUT` is over."""
 
 
 class _Done:
@@ -108,6 +102,29 @@ class Communicator:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.all_reduce(torch.zeros(1, device=self.device))
+
+    def groups(self, shard_size: int) -> tuple[CommGroup, CommGroup]:
+        """This rank's shard group, `shard_size` neighbouring ranks, and its replicas: those with its place in theirs.
+
+        All ranks call it. shard_size divides the number of ranks.
+        """
+        count = self.world_size // shard_size
+        shards = [[start * shard_size + place for place in range(shard_size)] for start in range(count)]
+        replicas = [[start * shard_size + place for start in range(count)] for place in range(shard_size)]
+        return self._group_among(shards), self._group_among(replicas)
+
+    def _group_among(self, partition: list[list[int]]) -> CommGroup:
+        own = None
+        for ranks in partition:
+            # Each with connections of its own, so that gathers do not queue behind the job's all-reduces.
+            made = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 else None
+            if self.rank in ranks:
+                own = CommGroup(made, self.device, self._count, ranks)
+        assert own is not None
+        return own
+
+    def _count(self, sent: int) -> None:
+        self.traffic_bytes += sent
 
     def take_traffic(self) -> int:
         """The bytes sent since the last call."""

@@ -1,4 +1,4 @@
-"""The engine: data parallelism (ZeRO stage 0) around one model and its optimizer.
+"""The engine: data parallelism, sharded by ZeRO stages, around one model and its optimizer.
 
 One micro-batch, on every rank:
 
@@ -26,7 +26,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -35,12 +34,12 @@ from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.ema import WeightAverage
-from dstrain.runtime.gradients import GradientReducer
 from dstrain.runtime.loss_scale import LossScaler
 from dstrain.runtime.optimizers import set_learning_rate
-from dstrain.runtime.precision import DTYPES, MasterWeights, cast_parameters, first_non_finite, parameter_dtype
+from dstrain.runtime.precision import DTYPES, cast_parameters, first_non_finite, parameter_dtype
 from dstrain.runtime.spec.errors import NonFiniteError, UsageError
-from dstrain.runtime.spec.training_config import PrecisionConfig
+from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
+from dstrain.runtime.zero.spread import needs_whole_tensors, spread
 
 _REMEDY = "a smaller optimizer.lr, a longer schedule.warmup_steps or train.clip may help"
 
@@ -51,10 +50,11 @@ OptimizerFactory = Callable[[Sequence[tuple[str, nn.Parameter]]], torch.optim.Op
 class EngineConfig:
     """The engine's share of a job.
 
-    bucket_elements: of one all-reduce. clip: largest global norm, or None. accumulation: micro-batches of a step.
+    clip: largest global norm, or None. accumulation: micro-batches of a step.
     """
 
-    bucket_elements: int = 1 << 22
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     clip: float | None = None
     accumulation: int = 1
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -98,8 +98,8 @@ class Schedule(Protocol):
 class Engine:
     """Trains `module` alike on every rank.
 
-    On construction rank 0's parameters and buffers are broadcast: one collective for each bucket and buffer. A step
-    all-reduces each bucket and four numbers, once, whatever the number of micro-batches.
+    On construction rank 0's parameters and buffers are broadcast: one collective for each. A step reduces every
+    gradient once (at stages 2 and 3, once for each micro-batch), and all-reduces five numbers.
 
     global_step: steps done. micro_step: micro-batches of the step under way. learning_rate, grad_norm: of the last
     step. stop_requested, save_requested: set by signal handlers; the next step tells all ranks. dataloader: what
@@ -119,18 +119,15 @@ class Engine:
         self.learning_rate = self.grad_norm = 0.0
         self.dataloader: Iterable[Any] = ()
         self.stop_requested = self.save_requested = False
-        module.to(comm.device)
         cast_parameters(module, parameter_dtype(config.precision))
-        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self._names = {parameter: name for name, parameter in trained}
-        reduce_dtype = DTYPES[config.precision.reduce_dtype or "fp32"]
-        parameters = [parameter for _, parameter in trained]
-        self._gradients = GradientReducer(parameters, comm, config.bucket_elements, reduce_dtype)
-        self._broadcast_state()
-        self.masters = MasterWeights(parameters)
-        self.trained = [(name, self.masters[parameter]) for name, parameter in trained]
+        whole_tensors = config.zero.stage > 0 and needs_whole_tensors(optimizer)
+        self.weights, self.gradients = spread(
+            module, comm, config.zero, config.parallel, config.precision, whole_tensors
+        )
+        self._broadcast_buffers()
+        self.trained = self.weights.trained
         if isinstance(optimizer, torch.optim.Optimizer):
-            self.masters.stand_in(optimizer)
+            self.weights.stand_in(optimizer)
             self.optimizer = optimizer
         else:
             self.optimizer = optimizer(self.trained)
@@ -139,7 +136,8 @@ class Engine:
         self.average = WeightAverage(self.trained, config.ema_decay) if config.ema_decay else None
         self._buffer_names = {name for name, _ in module.named_buffers()}
         self._forward: Callable[..., Any] = torch.compile(module) if config.compile else module
-        self._totals = torch.zeros(4, dtype=torch.float64, device=comm.device)  # sum of the loss, tokens, stop, save
+        # Sum of the loss, tokens, stop, save, squares of gradients.
+        self._totals = torch.zeros(5, dtype=torch.float64, device=comm.device)
         in_fp16 = "fp16" in (config.precision.dtype, config.precision.reduce_dtype)
         self._unit = 0.0 if in_fp16 else 1.0
 
@@ -159,7 +157,7 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, in autocast if the job says so; returns what the model returns."""
-        with self.autocast() if self.config.precision.autocast else contextlib.nullcontext():
+        with self.autocast() if self.config.precision.autocast else contextlib.nullcontext(), self.weights.in_forward():
             return self._forward(*args, **kwargs)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -179,13 +177,14 @@ class Engine:
                 "engine.backward", "engine.step() behind every backward", "another backward", "add up losses before it"
             )
         weight = 1 if num_tokens is None else num_tokens
-        self._gradients.begin_backward(last=self.micro_step == self.config.accumulation - 1)
+        self.gradients.begin_backward(last=self.micro_step == self.config.accumulation - 1)
         unit = self._choose_unit(weight)
         if weight:  # a mean over nothing is no number
             counted = loss.new_tensor(weight, dtype=torch.double)
             self._totals[:2] += torch.stack([loss.detach().double() * weight, counted])
-            (loss * (weight * self.scaler.value / unit)).backward()  # type: ignore[no-untyped-call] # torch's
-        self._gradients.end_backward()
+            with self.weights.in_backward():
+                (loss * (weight * self.scaler.value / unit)).backward()  # type: ignore[no-untyped-call] # torch's
+        self.gradients.end_backward()
         self.micro_step += 1
 
     def step(self) -> StepResult | None:
@@ -197,10 +196,16 @@ class Engine:
         if self.micro_step < self.config.accumulation:
             return None
         asked, self.save_requested = self.save_requested, False
-        self._totals[2:] = torch.tensor([self.stop_requested, asked])
+        self._totals[2:4] = torch.tensor([self.stop_requested, asked])
+        self.gradients.wait()
+        squares = self.gradients.squares()
+        if self.weights.sharers > 1:  # each has the squares of its own shards
+            self._totals[4] = squares
         self.comm.all_reduce(self._totals)
-        self._gradients.wait()
-        loss_sum, tokens, stop, save, norm = torch.cat([self._totals, self._gradients.norm()[None]]).tolist()
+        if self.weights.sharers == 1:
+            self._totals[4] = squares
+        loss_sum, tokens, stop, save, total = self._totals.tolist()
+        norm = math.sqrt(total * self.weights.sharers / self.world_size if self.weights.sharers > 1 else total)
         divisor = tokens * self.scaler.value / self._unit if tokens else 1.0
         result = StepResult(loss_sum / max(tokens, 1), norm / divisor, int(tokens), stop=stop > 0, save=save > 0)
         overflowed = self.scaler.enabled and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
@@ -222,10 +227,10 @@ class Engine:
             return
         try:
             with self.average.swapped():
-                self.masters.publish()
+                self.weights.publish()
                 yield
         finally:
-            self.masters.publish()
+            self.weights.publish()
 
     def save_checkpoint(self, dir: str | Path) -> Path:
         """Save everything that resuming needs as dir/step-N; on all ranks. Returns its path. CheckpointError."""
@@ -259,10 +264,9 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.global_step, self._unit = state["global_step"], state["unit"]
-        self._gradients.wait()  # of a step that was begun and is forgotten
         self.micro_step = 0
         self._totals.zero_()
-        self._gradients.begin_step()
+        self.gradients.begin_step()
         self.scaler.load_state_dict(state["loss_scale"])
         self.schedule.load_state_dict(state["schedule"])
 
@@ -292,7 +296,8 @@ class Engine:
         if not math.isfinite(result.loss):
             raise NonFiniteError(f"step {step}: expected a finite loss, found {result.loss}; {_REMEDY}")
         if not math.isfinite(result.grad_norm):
-            found = first_non_finite([(self._names[p], view) for p, view in self._gradients.views()])
+            here = first_non_finite([(name, gradient) for name, _, gradient in self.weights.with_gradients()])
+            found = next((each for each in self.comm.all_gather_object(here) if each), None)
             more = f" and {found[1] - 1} more" if found and found[1] > 1 else ""
             where = f" (in {found[0]}{more})" if found else " (its square overflows)"
             raise NonFiniteError(
@@ -300,14 +305,13 @@ class Engine:
             )
 
     def _update(self, scale: float) -> None:
-        self._gradients.scale(scale)
-        for parameter, view in self._gradients.views():
-            master = self.masters[parameter]
-            master.grad = view.to(master.dtype)
+        self.gradients.scale(scale)
+        for _, own, gradient in self.weights.with_gradients():
+            own.grad = gradient.to(own.dtype)
         self.optimizer.step()
         for _, master in self.trained:  # also of those that the optimizer does not move
             master.grad = None
-        self.masters.publish()
+        self.weights.publish()
         self.schedule.advance()
         if self.average is not None:
             self.average.update()
@@ -316,23 +320,12 @@ class Engine:
         self.global_step += 1
         self.micro_step = 0
         self._totals.zero_()
-        self._gradients.begin_step()
+        self.gradients.begin_step()
+        self.weights.begin_step()
 
-    @torch.no_grad()
-    def _broadcast_state(self) -> None:
-        for bucket in self._gradients.buckets:
-            if bucket.flat.dtype != bucket.parameters[0].dtype:
-                for parameter in bucket.parameters:
-                    self.comm.broadcast(parameter.data)
-                continue
-            for parameter, view in bucket.views.items():  # through the flat buffer: one collective for many
-                view.copy_(parameter)
-            self.comm.broadcast(bucket.flat)
-            for parameter, view in bucket.views.items():
-                parameter.copy_(view)
-        frozen = (parameter for parameter in self.module.parameters() if not parameter.requires_grad)
-        for tensor in chain(frozen, self.module.buffers()):
-            self.comm.broadcast(tensor)
+    def _broadcast_buffers(self) -> None:
+        for buffer in self.module.buffers():
+            self.comm.broadcast(buffer)
 
 
 class JobSchedule:

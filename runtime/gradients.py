@@ -4,7 +4,7 @@
 Gradients live in flat buckets, in the order in which the backward makes them (the reverse of the
 parameters'). A hook on each parameter moves its gradient into the bucket as soon as autograd has it: copied
 on the first micro-batch, added on later ones; `p.grad` is free again at once. In the last micro-batch's
-backward a bucket that has all its gradients starts its all-reduce while the backward goes on. Buckets start
+backward a bucket that has all its gradients starts its reduction while the backward goes on. Buckets start
 strictly in order, for collectives are matched by order, and ranks may get their gradients in different
 orders. What the backwards leave out (a parameter that no loss depends on) is reduced as zero, so that ranks
 that take different branches cannot wait for each other.
@@ -12,42 +12,62 @@ that take different branches cannot wait for each other.
 [Note: memory]
 A collective under way holds a few small objects until the step's end. Had they the memory of a gradient just freed
 to choose from, they would split it, and malloc would have to grow for the next large gradient, bucket after bucket.
-So gradients are freed behind the launch; and fewer, larger buckets leave fewer such objects.
+So gradients are freed behind the launch; and fewer, larger buckets leave fewer such objects. A single rank has
+nothing to reduce: its gradients stay where autograd put them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
 
-from dstrain.runtime.comm import Communicator, Pending
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.comm_group import Pending
+from dstrain.runtime.zero.plan import UnitPlan
 
 _NORM_ELEMENTS = 1 << 18
 """torch adds squares in fp32 on the CPU: the norm of 30 Mi numbers is wrong by 2e-3, of 256 Ki by 2e-6."""
 
 
 class GradientBucket:
-    """One flat buffer of gradients, with a view of it for each parameter. [Note: gradients]"""
+    """One flat buffer of gradients, with a view of it for each parameter. [Note: gradients]
 
-    def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype | None = None) -> None:
-        """dtype: of the sums; by default the parameters'."""
-        first, sizes = parameters[0], [parameter.numel() for parameter in parameters]
-        self.parameters = parameters
-        self.flat = torch.zeros(sum(sizes), dtype=dtype or first.dtype, device=first.device)
-        pieces = zip(parameters, torch.split(self.flat, sizes), strict=True)
-        self.views = {parameter: piece.view_as(parameter) for parameter, piece in pieces}
-        self._absent_in_step = set(parameters)
+    flat: while it is open. dtype: of the sums.
+    """
+
+    def __init__(self, plan: UnitPlan, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+        self.plan, self.parameters, self.dtype = plan, list(parameters), dtype
+        self.flat: Tensor | None = None
+        self.views: dict[nn.Parameter, Tensor] = {}
+        self._absent = set(parameters)  # no gradient since the bucket was filled anew
         self._absent_in_backward = set(parameters)
 
+    def open(self, flat: Tensor) -> None:
+        """Take `flat`, of plan.size elements, for the gradients; what is no parameter's is zeroed."""
+        self.flat = flat
+        self.views = {
+            parameter: flat[entry.start : entry.stop].view(entry.shape)
+            for entry, parameter in zip(self.plan.entries, self.parameters, strict=True)
+        }
+        for start, stop in self.plan.gaps():
+            flat[start:stop].zero_()
+
+    def close(self) -> Tensor:
+        """Give the buffer back."""
+        flat, self.flat, self.views = self.flat, None, {}
+        assert flat is not None
+        return flat
+
     def add(self, parameter: nn.Parameter) -> None:
-        """Take in the parameter's gradient: the first of a step is copied, later ones are added."""
+        """Take in the parameter's gradient: the first is copied, later ones are added."""
         assert parameter.grad is not None
-        if parameter in self._absent_in_step:
+        if parameter in self._absent:
             self.views[parameter].copy_(parameter.grad)
-            self._absent_in_step.remove(parameter)
+            self._absent.remove(parameter)
         else:
             self.views[parameter].add_(parameter.grad)
         self._absent_in_backward.discard(parameter)
@@ -58,115 +78,200 @@ class GradientBucket:
         return not self._absent_in_backward
 
     def zero_absent(self) -> None:
-        """Zero the gradients that no backward of this step has made."""
-        for parameter in self._absent_in_step:
+        """Zero the gradients that no backward has made."""
+        for parameter in self._absent:
             self.views[parameter].zero_()
 
     def begin_backward(self) -> None:
         """Expect every gradient once."""
         self._absent_in_backward = set(self.parameters)
 
-    def begin_step(self) -> None:
+    def begin_filling(self) -> None:
         """Forget the gradients: the next ones are copied."""
-        self._absent_in_step = set(self.parameters)
+        self._absent = set(self.parameters)
 
 
-class GradientReducer:
-    """The gradients of all trained parameters, summed over micro-batches and ranks. [Note: gradients]"""
+class GradientReducer(ABC):
+    """The gradients of all trained parameters, summed over micro-batches and ranks. [Note: gradients]
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        comm: Communicator,
-        bucket_elements: int,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self._comm = comm
-        self.buckets = [GradientBucket(group, dtype) for group in grouped(reversed(parameters), bucket_elements)]
+    Subclasses say where a bucket's buffer comes from, what its reduction is, and what comes out.
+    """
+
+    def __init__(self, buckets: Sequence[GradientBucket]) -> None:
+        self.buckets = list(buckets)
         self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
-        self._pending: list[Pending] = []  # of the first len(_pending) buckets
-        self._is_last_backward = self._in_backward = False
-        for parameter in parameters:
+        self._launched = 0  # of the buckets, in this backward
+        self._reduces = self._in_backward = False
+        for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call] # torch's
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until all gradients are sums over all ranks."""
+
+    @abstractmethod
+    def reduced(self) -> Iterator[Tensor]:
+        """What this rank has of them, flat or not."""
+
+    @abstractmethod
+    def _open(self, bucket: GradientBucket) -> None:
+        """Give a bucket its buffer."""
+
+    @abstractmethod
+    def _launch(self, bucket: GradientBucket) -> None:
+        """Start the bucket's reduction."""
 
     def begin_backward(self, last: bool) -> None:
         """Before each backward; last: no other follows in this step."""
-        self._is_last_backward, self._in_backward = last, True
+        self._in_backward, self._launched = True, 0
+        self._reduces = self._reduces_in(last)
         for bucket in self.buckets:
             bucket.begin_backward()
             for parameter in bucket.parameters:
                 parameter.grad = None  # of somebody else's backward
 
     def end_backward(self) -> None:
-        """Behind each backward: what the last one has left out is reduced too."""
+        """Behind each backward: what a reducing one has left out is reduced too."""
         self._in_backward = False
-        if self._is_last_backward:
-            for bucket in self.buckets:
-                bucket.zero_absent()
-            self._launch(self.buckets[len(self._pending) :])
+        if self._reduces:
+            self._launch_all(self.buckets[self._launched :])
 
-    def wait(self) -> None:
-        """Until all gradients are sums over all ranks."""
-        for pending in self._pending:
-            pending.wait()
-
-    def norm(self) -> Tensor:
-        """Their global L2 norm, float64, one number."""
+    def squares(self) -> Tensor:
+        """The sum of squares of what this rank has, float64, one number."""
         norms = [
             torch.linalg.vector_norm(piece, dtype=_norm_dtype(piece))
-            for bucket in self.buckets
-            for piece in bucket.flat.split(_NORM_ELEMENTS)  # type: ignore[no-untyped-call] # torch's
+            for gradient in self.reduced()
+            for piece in torch.split(gradient.reshape(-1), _NORM_ELEMENTS)
         ]
         if not norms:
-            return torch.zeros((), dtype=torch.float64, device=self._comm.device)
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms).double())
-        return total
+            return torch.zeros((), dtype=torch.float64)
+        return torch.stack(norms).double().square().sum()
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
-        for bucket in self.buckets:
-            bucket.flat.mul_(factor)
-
-    def views(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its gradient."""
-        for bucket in self.buckets:
-            yield from bucket.views.items()
+        for gradient in self.reduced():
+            gradient.mul_(factor)
 
     def begin_step(self) -> None:
         """Forget the gradients."""
-        self._is_last_backward = False
-        self._pending.clear()
+        self._launched = 0
         for bucket in self.buckets:
-            bucket.begin_step()
+            bucket.begin_filling()
+
+    def _reduces_in(self, last: bool) -> bool:
+        return last
 
     def _on_gradient(self, parameter: Tensor) -> None:
         if not self._in_backward:
             return
         assert isinstance(parameter, nn.Parameter)
-        self._bucket_of[parameter].add(parameter)
-        if self._is_last_backward:
-            waiting = self.buckets[len(self._pending) :]
-            self._launch(takewhile(lambda bucket: bucket.is_complete, waiting))
+        bucket = self._bucket_of[parameter]
+        if bucket.flat is None:
+            self._open(bucket)
+        bucket.add(parameter)
+        if self._reduces:
+            self._launch_all(takewhile(lambda other: other.is_complete, self.buckets[self._launched :]))
         parameter.grad = None  # behind the launch: [Note: memory]
 
-    def _launch(self, buckets: Iterable[GradientBucket]) -> None:
-        self._pending += [self._comm.start_all_reduce(bucket.flat) for bucket in buckets]
+    def _launch_all(self, buckets: Iterable[GradientBucket]) -> None:
+        for bucket in buckets:
+            if bucket.flat is None:
+                self._open(bucket)
+            bucket.zero_absent()
+            self._launch(bucket)
+            self._launched += 1
+
+
+class ReplicatedGradients(GradientReducer):
+    """Stage 0: every bucket is all-reduced, every rank has all gradients."""
+
+    def __init__(self, buckets: Sequence[GradientBucket], comm: Communicator) -> None:
+        super().__init__(buckets)
+        self._comm = comm
+        self._pending: list[Pending] = []
+        for bucket in self.buckets:
+            self._open(bucket)
+
+    def wait(self) -> None:
+        for pending in self._pending:
+            pending.wait()
+        self._pending.clear()
+
+    def reduced(self) -> Iterator[Tensor]:
+        for bucket in self.buckets:
+            assert bucket.flat is not None
+            yield bucket.flat
+
+    def of_parameters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its gradient."""
+        for bucket in self.buckets:
+            yield from bucket.views.items()
+
+    def begin_step(self) -> None:
+        self.wait()  # for those of a step that was begun and is forgotten
+        super().begin_step()
+
+    def _open(self, bucket: GradientBucket) -> None:
+        device = bucket.parameters[0].device
+        bucket.open(torch.zeros(bucket.plan.size, dtype=bucket.dtype, device=device))
+
+    def _launch(self, bucket: GradientBucket) -> None:
+        assert bucket.flat is not None
+        self._pending.append(self._comm.start_all_reduce(bucket.flat))
+
+
+class OwnGradients(GradientReducer):
+    """A single rank: gradients stay where autograd put them. [Note: memory]"""
+
+    def __init__(self, buckets: Sequence[GradientBucket]) -> None:
+        super().__init__(buckets)
+        self._held: dict[nn.Parameter, Tensor] = {}
+        self._storages: set[int] = set()
+
+    def wait(self) -> None:
+        """They are sums already."""
+
+    def reduced(self) -> Iterator[Tensor]:
+        yield from self._held.values()
+
+    def of_parameters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its gradient."""
+        yield from self._held.items()
+
+    def end_backward(self) -> None:
+        self._in_backward = False
+        if self._reduces:
+            for bucket in self.buckets:
+                for parameter in bucket.parameters:
+                    if parameter not in self._held:
+                        self._held[parameter] = torch.zeros_like(parameter, dtype=bucket.dtype)
+
+    def begin_step(self) -> None:
+        self._held.clear()
+        self._storages.clear()
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if not self._in_backward:
+            return
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad, None
+        if parameter in self._held:
+            self._held[parameter].add_(gradient)
+            return
+        gradient = gradient.to(self._bucket_of[parameter].dtype)
+        storage = gradient.untyped_storage().data_ptr()
+        if storage in self._storages:  # torch lets two gradients share memory, which may not be scaled twice
+            gradient = gradient.clone()
+        self._storages.add(storage)
+        self._held[parameter] = gradient
+
+    def _open(self, bucket: GradientBucket) -> None:
+        raise AssertionError("no bucket is ever filled")
+
+    def _launch(self, bucket: GradientBucket) -> None:
+        raise AssertionError("nothing is reduced")
 
 
 def _norm_dtype(gradients: Tensor) -> torch.dtype | None:
     return torch.float32 if gradients.dtype in (torch.bfloat16, torch.float16) else None
-
-
-def grouped(parameters: Iterable[nn.Parameter], bucket_elements: int) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one dtype, up to `bucket_elements` elements together; a larger parameter stands alone."""
-    group: list[nn.Parameter] = []
-    elements = 0
-    for parameter in parameters:
-        is_full = elements + parameter.numel() > bucket_elements
-        if group and (is_full or parameter.dtype != group[0].dtype):
-            yield group
-            group, elements = [], 0
-        group.append(parameter)
-        elements += parameter.numel()
-    if group:
-        yield group

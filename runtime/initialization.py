@@ -75,7 +75,8 @@ def initialize(
 def engine_config(job: JobConfig, accumulation: int) -> EngineConfig:
     """The engine's share of the job."""
     return EngineConfig(
-        bucket_elements=job.zero.bucket_elements,
+        zero=job.zero,
+        parallel=job.parallel,
         clip=job.train.clip,
         accumulation=accumulation,
         precision=job.precision,

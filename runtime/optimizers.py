@@ -22,7 +22,14 @@ import torch
 from torch import nn
 
 from dstrain.runtime.imports import load_object
-from dstrain.runtime.parameter_groups import NamedParameters, ParameterGroup, check_patterns, group_parameters, matches
+from dstrain.runtime.parameter_groups import (
+    NamedParameters,
+    ParameterGroup,
+    check_patterns,
+    dimensions,
+    group_parameters,
+    matches,
+)
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import OptimizerConfig
 from dstrain.runtime.without_dynamo import without_dynamo
@@ -175,8 +182,8 @@ def _part(group: ParameterGroup, patterns: Sequence[str] | None, *, hidden: bool
 
 def _is_hidden(name: str, parameter: nn.Parameter, patterns: Sequence[str] | None) -> bool:
     if patterns is not None:
-        return parameter.dim() == 2 and not matches(name, patterns)
-    return parameter.dim() == 2 and not any(matches(part, NOT_HIDDEN) for part in name.split("."))
+        return dimensions(parameter) == 2 and not matches(name, patterns)
+    return dimensions(parameter) == 2 and not any(matches(part, NOT_HIDDEN) for part in name.split("."))
 
 
 def _check_adamw_patterns(patterns: Any, names: Sequence[str]) -> None:

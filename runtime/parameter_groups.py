@@ -65,6 +65,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, where this is one rank's flat piece of it."""
+    return len(getattr(parameter, "whole_shape", parameter.shape))
+
+
 def check_patterns(patterns: Iterable[str], names: Sequence[str], key: str) -> None:
     """Raises UsageError for the first pattern of the configuration's `key` that matches no name."""
     for pattern in patterns:
@@ -74,7 +79,7 @@ def check_patterns(patterns: Iterable[str], names: Sequence[str], key: str) -> N
 
 
 def _is_exempt(name: str, parameter: nn.Parameter, no_decay: tuple[str, ...]) -> bool:
-    return (VECTORS in no_decay and parameter.dim() < 2) or matches(name, no_decay)
+    return (VECTORS in no_decay and dimensions(parameter) < 2) or matches(name, no_decay)
 
 
 def _group(config: OptimizerConfig, index: int, exempt: bool, parameters: dict[str, nn.Parameter]) -> ParameterGroup:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,23 +33,30 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
                 tensor.data = tensor.data.to(dtype)
 
 
-class MasterWeights:
-    """An fp32 copy of each low-precision parameter; others are their own master.
+class HasGradients(Protocol):
+    """The gradients of whole parameters."""
 
-    The optimizer moves the masters; `publish` rounds them into the model.
+    def of_parameters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its gradient."""
+
+
+class MasterWeights:
+    """Stage 0: what the optimizer moves. An fp32 copy of each low-precision parameter; others are their own master.
+
+    trained: the masters, by name. `publish` rounds them into the model.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[tuple[str, nn.Parameter]], gradients: HasGradients) -> None:
+        self._gradients = gradients
+        self._name_of = {parameter: name for name, parameter in parameters}
         self._master_of: dict[nn.Parameter, nn.Parameter] = {}
-        for parameter in parameters:
+        for _, parameter in parameters:
             is_low = parameter.dtype in (torch.bfloat16, torch.float16)
             self._master_of[parameter] = nn.Parameter(parameter.detach().float()) if is_low else parameter
+        self.trained = [(name, self._master_of[parameter]) for name, parameter in parameters]
         low = [(p, master) for p, master in self._master_of.items() if p is not master]
         self._low = [parameter.data for parameter, _ in low]
         self._masters = [master.data for _, master in low]
-
-    def __getitem__(self, parameter: nn.Parameter) -> nn.Parameter:
-        return self._master_of[parameter]
 
     @property
     def exist(self) -> bool:
@@ -63,6 +72,27 @@ class MasterWeights:
         """Take the model's parameters as the masters."""
         if self._low:
             torch._foreach_copy_(self._masters, self._low)
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share one copy of the state: this one."""
+        return 1
+
+    def in_forward(self) -> AbstractContextManager[None]:
+        """Around each forward of the model."""
+        return nullcontext()
+
+    def in_backward(self) -> AbstractContextManager[None]:
+        """Around each backward."""
+        return nullcontext()
+
+    def begin_step(self) -> None:
+        """Behind each step."""
+
+    def with_gradients(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """Each master with its name and its gradient."""
+        for parameter, gradient in self._gradients.of_parameters():
+            yield self._name_of[parameter], self._master_of[parameter], gradient
 
     def stand_in(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer that was made for the model's parameters move the masters."""

@@ -37,7 +37,7 @@ def model_tensors(engine: Engine) -> dict[str, Tensor]:
 def capture(engine: Engine) -> State:
     """Everything that the next step depends on, of what all ranks share."""
     tensors, values = model_tensors(engine), dict[str, Any]()
-    if engine.masters.exist:
+    if engine.weights.exist:
         tensors |= {f"master.{name}": master.detach() for name, master in engine.trained}
     if engine.average is not None:
         tensors |= {f"average.{name}": tensor for name, tensor in engine.average.tensors.items()}
@@ -70,7 +70,7 @@ def restore(engine: Engine, state: State) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state.tensors[name])
-        if engine.masters.exist:
+        if engine.weights.exist:
             for name, master in engine.trained:
                 master.copy_(state.tensors[f"master.{name}"])
         if engine.average is not None:
@@ -83,7 +83,7 @@ def restore(engine: Engine, state: State) -> None:
 
 def _check_names(engine: Engine, own: Mapping[str, Tensor], state: State) -> None:
     wanted = dict(own)
-    if engine.masters.exist:
+    if engine.weights.exist:
         wanted |= {f"master.{name}": master for name, master in engine.trained}
     if engine.average is not None:
         wanted |= {f"average.{name}": tensor for name, tensor in engine.average.tensors.items()}

@@ -20,6 +20,7 @@ from dstrain.runtime.spec.training_config import (
     CheckpointConfig,
     LogConfig,
     OptimizerConfig,
+    ParallelConfig,
     PrecisionConfig,
     ScheduleConfig,
     TrainConfig,
@@ -68,6 +69,7 @@ class JobConfig(Section):
     model: ModelConfig | None = Field(default=None, description=ModelConfig.__doc__)
     data: DataConfig = Field(default=DataConfig(), description=DataConfig.__doc__)
     batch: BatchConfig | None = Field(default=None, description=BatchConfig.__doc__)
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description=ParallelConfig.__doc__)
     zero: ZeroConfig = Field(default=ZeroConfig(), description=ZeroConfig.__doc__)
     precision: PrecisionConfig = Field(default=PrecisionConfig(), description=PrecisionConfig.__doc__)
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description=OptimizerConfig.__doc__)
@@ -102,6 +104,7 @@ def _contradictions(job: JobConfig) -> Iterator[Contradiction]:
     yield from _of_model(job)
     yield from _of_data(job)
     yield from _of_training(job)
+    yield from _of_sharding(job)
     if job.run.hostfile is not None and job.run.hosts is not None:
         yield Contradiction(("run", "hosts"), "no such key beside run.hostfile", repr(job.run.hosts))
 
@@ -168,3 +171,22 @@ def _of_training(job: JobConfig) -> Iterator[Contradiction]:
         yield Contradiction(("optimizer", "momentum"), f"no such key with name: {optimizer.name}", found)
     if len(set(job.log.trackers)) < len(job.log.trackers):
         yield Contradiction(("log", "trackers"), "each tracker once", ", ".join(job.log.trackers))
+
+
+def _of_sharding(job: JobConfig) -> Iterator[Contradiction]:
+    zero, parallel = job.zero, job.parallel
+    if zero.stage == 0 and zero.accumulate == "sharded":
+        yield Contradiction(("zero", "accumulate"), "local at stage 0, where every rank has all gradients", "sharded")
+    if zero.stage < 3 and zero.reshard != "micro_batch":
+        yield Contradiction(("zero", "reshard"), "no such key below stage 3", zero.reshard)
+    if zero.stage == 0 and zero.comm != "auto":
+        yield Contradiction(("zero", "comm"), "no such key at stage 0, which all-reduces", zero.comm)
+    if zero.stage == 0 and zero.offload.optimizer:
+        yield Contradiction(("zero", "offload", "optimizer"), "stage 1, 2 or 3 to offload", "stage 0")
+    if zero.stage < 3 and zero.offload.parameters:
+        yield Contradiction(("zero", "offload", "parameters"), "stage 3 to offload parameters", f"stage {zero.stage}")
+    if zero.stage == 0 and parallel.data_shard is not None and parallel.data_shard > 1:
+        yield Contradiction(("parallel", "data_shard"), "stage 1, 2 or 3 to shard", "stage 0")
+    if zero.stage == 3 and job.precision.autocast:
+        found, keep = "true", "it would keep a cast copy of every weight; precision.dtype: bf16 does not"
+        yield Contradiction(("precision", "autocast"), f"false at stage 3 ({keep})", found)

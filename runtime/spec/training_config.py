@@ -21,15 +21,60 @@ from dstrain.runtime.spec.section import (
 )
 
 
-class ZeroConfig(Section):
-    """How the training state is spread over the data ranks."""
+class OffloadConfig(Section):
+    """What lives in the host's memory in place of the GPU's; on ranks without a GPU there is nothing to move."""
 
-    stage: Literal[0] = Field(default=0, description="0: every rank holds everything, gradients are all-reduced.")
+    optimizer: bool = Field(
+        default=False, description="fp32 weights, optimizer states and the step itself; stages 1 to 3."
+    )
+    parameters: bool = Field(default=False, description="Shards of the parameters; stage 3.")
+
+
+class ZeroConfig(Section):
+    """How the training state is spread over the data ranks (Rajbhandari et al. 2020)."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        default=0,
+        description="What is sharded. 0: nothing, gradients are all-reduced; 1: optimizer states; 2: gradients too; "
+        "3: parameters too.",
+    )
     bucket_elements: Count = Field(
         default=1 << 22,
-        description="Gradient elements of one all-reduce: small enough to start early in the backward, large "
-        "enough to hide a collective's latency. 4 Mi are 16 MiB of fp32.",
+        description="Elements that are reduced together at stages 0 to 2: small enough to start early in the backward, "
+        "large enough to hide a collective's latency. 4 Mi are 16 MiB of fp32. Stage 3 goes by the model's blocks.",
     )
+    resident_elements: NonNegativeCount = Field(
+        default=1 << 17,
+        description="At stage 3, units of fewer elements stay whole on every rank: a gather would cost more time than "
+        "it saves memory.",
+    )
+    accumulate: Literal["local", "sharded"] | None = Field(
+        default=None,
+        description="Over micro-batches. local: one reduction a step, in the memory of all gradients; sharded: one for "
+        "each micro-batch, in that of a shard. By default local at stages 0 and 1, sharded at 2 and 3.",
+    )
+    reshard: Literal["micro_batch", "step"] = Field(
+        default="micro_batch",
+        description="At stage 3, how long gathered parameters are kept. micro_batch: until others need the memory; "
+        "step: to the step's end, gathered once, in the memory of stage 2.",
+    )
+    comm: Literal["auto", "pairwise", "ring", "native"] = Field(
+        default="auto",
+        description="Algorithm of all-gather and reduce-scatter; auto: NCCL's own on GPUs, on CPUs the faster one in a "
+        "short trial at the start.",
+    )
+    offload: OffloadConfig = Field(default=OffloadConfig(), description=OffloadConfig.__doc__)
+
+
+class ParallelConfig(Section):
+    """How the ranks are arranged: data_replicate groups, of data_shard neighbouring ranks each."""
+
+    data_shard: Count | None = Field(
+        default=None,
+        description="Ranks that share one copy of what zero.stage shards; by default all of them. Fewer (the ranks of "
+        "one host) gather over fast links only.",
+    )
+    data_replicate: Count | None = Field(default=None, description="Such groups; by default ranks / data_shard.")
 
 
 class LossScaleConfig(Section):

@@ -19,7 +19,7 @@ from dstrain.runtime.models.gpt import GPT, next_token_loss
 from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.spec.errors import NonFiniteError, UsageError
 from dstrain.runtime.spec.model_config import GPTConfig
-from dstrain.runtime.spec.training_config import OptimizerConfig
+from dstrain.runtime.spec.training_config import OptimizerConfig, ZeroConfig
 
 RunRanks = Callable[..., list[Any]]
 
@@ -57,11 +57,12 @@ def gpt(seed: int = 0) -> GPT:
 
 
 def engine_of(model: nn.Module, comm: Communicator, accumulation: int = 1, **config: Any) -> Engine:
-    config = {"bucket_elements": 5000, "clip": CLIP} | config
+    config = {"clip": CLIP} | config
+    zero = ZeroConfig(bucket_elements=config.pop("bucket_elements", 5000))
     return Engine(
         model,
         comm,
-        EngineConfig(accumulation=accumulation, **config),
+        EngineConfig(zero=zero, accumulation=accumulation, **config),
         lambda parameters: make_optimizer(parameters, OPTIMIZER),
         TorchSchedule(None),
     )
@@ -233,19 +234,22 @@ def test_accumulation_communicates_once(run_ranks: RunRanks) -> None:
 
     elements = sum(parameter.numel() for parameter in gpt().parameters())
     for once, six_micro_batches in run_ranks(2, work):
-        assert once == six_micro_batches == 4 * elements + 32  # 2·(N−1)/N = 1; loss, tokens, stop, save are doubles
+        assert once == six_micro_batches == 4 * elements + 40  # 2·(N−1)/N = 1; five doubles of the step
 
 
 class Recording(Communicator):
-    """One rank that notes when collectives start."""
+    """One of two ranks, that notes when collectives start, in place of doing them."""
 
     def __init__(self, notes: list[str]) -> None:
-        super().__init__(0, 1, 0, torch.device("cpu"))
+        super().__init__(0, 2, 0, torch.device("cpu"))
         self.notes = notes
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.notes.append(f"broadcast {tensor.numel()}")
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
         self.notes.append(f"all_reduce {tensor.numel()}")
-        return super().start_all_reduce(tensor)
+        return single().start_all_reduce(tensor)
 
 
 def test_collectives_overlap_the_backward_in_a_fixed_order() -> None:
@@ -284,7 +288,9 @@ def test_the_norm_of_many_gradients_is_exact() -> None:
     engine = engine_of(model, single(), bucket_elements=1 << 22, clip=None)
     inputs = torch.randn(8, 1 << 11, generator=torch.Generator().manual_seed(0))
     engine.backward(model(inputs).square().mean())
-    expected = torch.cat([view.double().flatten() for _, view in engine._gradients.views()]).norm().item()
+    expected = (
+        torch.cat([gradient.double().flatten() for _, _, gradient in engine.weights.with_gradients()]).norm().item()
+    )
     result = engine.step()
     assert result is not None
     assert result.grad_norm == pytest.approx(expected, rel=5e-6)

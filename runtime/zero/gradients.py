@@ -1,0 +1,123 @@
+"""Gradients of ZeRO stages 1 to 3: reduced and scattered, so that each rank keeps those of its own shard.
+
+[Note: pool]
+A bucket has a buffer only from its first gradient to the end of its reduction; the buffers are used again and again.
+When none is free, the oldest reduction under way is waited for. More are made only where buckets must be open at the
+same time: while micro-batches are added up locally, or gradients come in an odd order.
+
+[Note: accumulation]
+`local`: gradients of all micro-batches are added up in the buckets, and reduced once a step: least communication, and
+the memory of all gradients. `sharded`: every micro-batch is reduced, shards are added up: least memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dstrain.runtime.comm_group import CommGroup, Pending
+from dstrain.runtime.gradients import GradientBucket, GradientReducer
+from dstrain.runtime.zero.unit import ZeroUnit
+
+POOL = 2
+"""Buffers: one is filled while another is reduced."""
+
+
+class ShardedGradients(GradientReducer):
+    """Every bucket is the gradients of one unit; its reduction leaves `unit.grad`, the sum of this rank's shard."""
+
+    def __init__(
+        self,
+        units: Sequence[ZeroUnit],
+        shards: CommGroup,
+        replicas: CommGroup,
+        dtype: torch.dtype,
+        sharded_accumulation: bool,
+        done_with: Callable[[ZeroUnit], None],
+    ) -> None:
+        """units: those that are trained, in the order in which the backward makes their gradients. dtype: of the
+        sums. done_with: told when a backward has made all gradients of a unit."""
+        super().__init__([GradientBucket(unit.plan, unit.parameters, dtype) for unit in units])
+        self._units, self._shards, self._replicas, self._dtype = list(units), shards, replicas, dtype
+        self._sharded_accumulation, self._done_with = sharded_accumulation, done_with
+        self._unit_of = {id(bucket): unit for bucket, unit in zip(self.buckets, units, strict=True)}
+        self._free: list[Tensor] = []
+        self._memory_of: dict[int, Tensor] = {}
+        self._made = 0
+        self._largest = max((unit.plan.size for unit in units), default=0)
+        self._pending: deque[tuple[GradientBucket, Pending]] = deque()
+        self._all_reduces: list[Pending] = []
+        self._is_last = False
+        self._has_sum: set[int] = set()  # units that a micro-batch of this step has already been added to
+        for unit in units:
+            low, high = unit.plan.interval(shards.index)
+            unit.grad = torch.zeros(high - low, dtype=dtype, device=unit.device)
+
+    def wait(self) -> None:
+        while self._pending:
+            self._finish_oldest()
+        for pending in self._all_reduces:
+            pending.wait()
+        self._all_reduces.clear()
+
+    def reduced(self) -> Iterator[Tensor]:
+        for unit in self._units:
+            assert unit.grad is not None
+            yield unit.grad
+
+    def begin_backward(self, last: bool) -> None:
+        self._is_last = last
+        super().begin_backward(last)
+        if self._sharded_accumulation:
+            for bucket in self.buckets:
+                bucket.begin_filling()
+
+    def begin_step(self) -> None:
+        self.wait()  # for those of a step that was begun and is forgotten
+        for bucket in self.buckets:
+            if bucket.flat is not None:
+                self._give_back(bucket)
+        self._has_sum.clear()
+        super().begin_step()
+
+    def _reduces_in(self, last: bool) -> bool:
+        return last or self._sharded_accumulation
+
+    def _open(self, bucket: GradientBucket) -> None:
+        """[Note: pool]"""
+        if not self._free and self._pending and self._made >= POOL:
+            self._finish_oldest()
+        if not self._free:
+            self._free.append(torch.empty(self._largest, dtype=self._dtype, device=bucket.parameters[0].device))
+            self._made += 1
+        memory = self._free.pop()
+        bucket.open(memory[: bucket.plan.size])
+        self._memory_of[id(bucket)] = memory
+
+    def _launch(self, bucket: GradientBucket) -> None:
+        unit = self._unit_of[id(bucket)]
+        assert bucket.flat is not None
+        assert unit.grad is not None
+        add = unit.number in self._has_sum
+        self._has_sum.add(unit.number)
+        pending = self._shards.start_reduce_scatter(
+            bucket.flat, unit.plan.bounds, unit.grad, tag=2 * unit.number + 1, add=add
+        )
+        self._pending.append((bucket, pending))
+        self._done_with(unit)
+
+    def _finish_oldest(self) -> None:
+        bucket, pending = self._pending.popleft()
+        pending.wait()
+        self._give_back(bucket)
+        unit = self._unit_of[id(bucket)]
+        if self._is_last and self._replicas.size > 1:
+            assert unit.grad is not None
+            self._all_reduces.append(self._replicas.start_all_reduce(unit.grad))
+
+    def _give_back(self, bucket: GradientBucket) -> None:
+        bucket.close()
+        self._free.append(self._memory_of.pop(id(bucket)))

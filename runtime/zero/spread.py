@@ -1,0 +1,117 @@
+"""A model's training state on this rank, as `zero` and `parallel` ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.gradients import GradientBucket, GradientReducer, OwnGradients, ReplicatedGradients
+from dstrain.runtime.precision import DTYPES, MasterWeights
+from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
+from dstrain.runtime.zero.gradients import ShardedGradients
+from dstrain.runtime.zero.grouping import by_size
+from dstrain.runtime.zero.plan import plan_unit
+from dstrain.runtime.zero.weights import ShardedWeights
+
+Weights = MasterWeights | ShardedWeights
+
+ELEMENTWISE = ("AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "ASGD", "Rprop")
+"""Optimizers of torch's that treat every element by itself; of all others it is taken that they look at tensors."""
+
+UNSHARDABLE = {"LBFGS": "its history is of all parameters at once", "SparseAdam": "its gradients are sparse"}
+
+
+def spread(
+    model: nn.Module,
+    comm: Communicator,
+    zero: ZeroConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    whole_tensors: bool,
+) -> tuple[Weights, GradientReducer]:
+    """Move the model to this rank's device, rank 0's parameters to all, and make what holds them and their gradients.
+
+    whole_tensors: for an optimizer that looks at whole tensors. Raises UsageError where ranks and groups do not fit.
+    """
+    dtype = DTYPES[precision.reduce_dtype or "fp32"]
+    shard_size = _shard_size(comm, zero, parallel)
+    if zero.stage == 0:
+        model.to(comm.device)
+        for parameter in model.parameters():
+            comm.broadcast(parameter.data)
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        buckets = []
+        for group in by_size(trained, zero.bucket_elements):
+            shapes = [(name, tuple(parameter.shape)) for name, parameter in group.parameters]
+            plan = plan_unit(group.name, shapes, shards=1)
+            buckets.append(GradientBucket(plan, [parameter for _, parameter in group.parameters], dtype))
+        gradients = ReplicatedGradients(buckets, comm) if comm.world_size > 1 else OwnGradients(buckets)
+        return MasterWeights(trained, gradients), gradients
+    shards, replicas = comm.groups(shard_size)
+    shards.choose(zero.comm)
+    _move_unsharded(model, comm, stage=zero.stage)
+    weights = ShardedWeights(
+        model,
+        comm,
+        shards,
+        zero.stage,
+        zero.bucket_elements,
+        resident_elements=zero.resident_elements,
+        keep_whole=zero.reshard == "step",
+        whole_tensors=whole_tensors,
+    )
+    units = [unit for unit in reversed(weights.units) if unit.is_trained]
+    accumulate = zero.accumulate or ("local" if zero.stage == 1 else "sharded")
+    return weights, ShardedGradients(units, shards, replicas, dtype, accumulate == "sharded", weights.done_with)
+
+
+def needs_whole_tensors(optimizer: torch.optim.Optimizer | Callable[..., Any]) -> bool:
+    """Whether an optimizer must see whole tensors. Raises UsageError for one that cannot work on shards at all.
+
+    A factory is asked for one over a parameter of a single element, which is thrown away.
+    """
+    made = optimizer
+    if not isinstance(made, torch.optim.Optimizer):
+        try:
+            made = made([("", nn.Parameter(torch.zeros(1, 1)))])
+        except Exception:  # it knows its parameters by name: whole tensors suit every optimizer
+            return True
+    names = [kind.__name__ for kind in type(made).__mro__ if kind.__module__.startswith("torch.optim")]
+    if reason := next((UNSHARDABLE[name] for name in names if name in UNSHARDABLE), None):
+        raise UsageError.mismatch("zero.stage", f"0 with {names[0]} ({reason})", "a stage that shards")
+    return type(made).step.__qualname__.split(".")[0] not in ELEMENTWISE
+
+
+def _shard_size(comm: Communicator, zero: ZeroConfig, parallel: ParallelConfig) -> int:
+    ranks = comm.world_size
+    replicate = parallel.data_replicate
+    shard = parallel.data_shard
+    if zero.stage == 0:
+        if replicate not in (None, ranks):
+            raise UsageError.mismatch("parallel.data_replicate", f"{ranks}, the ranks, at stage 0", str(replicate))
+        return 1
+    if shard is None:
+        shard = ranks // (replicate or 1)
+    if shard * (replicate or ranks // shard) != ranks or ranks % shard:
+        found = f"{shard} × {replicate}" if replicate else str(shard)
+        expected = f"data_shard × data_replicate = {ranks} ranks"
+        raise UsageError.mismatch("parallel.data_shard", expected, found)
+    return shard
+
+
+def _move_unsharded(model: nn.Module, comm: Communicator, stage: int) -> None:
+    """Buffers, and below stage 3 frozen parameters too, whole on every rank."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(comm.device)
+    if stage < 3:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(comm.device)
+                comm.broadcast(parameter.data)

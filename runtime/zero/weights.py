@@ -1,0 +1,187 @@
+"""The parameters of a model at ZeRO stages 1 to 3, and what of them this rank's optimizer moves.
+
+[Note: pieces]
+The optimizer of a rank moves *pieces*: what the rank's shards hold of each parameter. A piece that is a whole
+parameter has its shape, any other is flat, and empty where the rank has nothing of it: all ranks' optimizers have the
+same groups of the same parameters. `whole_shape` is that of the parameter. In fp32 a piece is a view of the shard, so
+that the optimizer moves the parameters themselves; bf16 and fp16 shards have fp32 masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.comm_group import CommGroup
+from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.zero.gatherer import Gatherer
+from dstrain.runtime.zero.grouping import Group, by_module, by_size
+from dstrain.runtime.zero.plan import Piece, plan_unit
+from dstrain.runtime.zero.unit import ZeroUnit
+from dstrain.runtime.zero.watch import Watch
+
+
+@dataclass(frozen=True)
+class OwnPiece:
+    """What this rank has of one parameter. place: in its shard; None if nothing. own: what the optimizer moves."""
+
+    unit: ZeroUnit
+    place: Piece | None
+    parameter: nn.Parameter
+    own: nn.Parameter
+
+
+class ShardedWeights:
+    """Takes a model's parameters over into units; on construction rank 0's values are broadcast, unit by unit.
+
+    trained: pieces by their parameters' names. units: in the order of the model. exist: whether pieces are fp32
+    masters of their own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        comm: Communicator,
+        shards: CommGroup,
+        stage: int,
+        bucket_elements: int,
+        resident_elements: int,
+        keep_whole: bool,
+        whole_tensors: bool,
+    ) -> None:
+        """resident_elements: units of fewer stay whole at stage 3; keep_whole: all of them, from step to step.
+        whole_tensors: cut only between parameters."""
+        self.stage, self.shards = stage, shards
+        groups = _groups(model, stage, bucket_elements, resident_elements)
+        self.units: list[ZeroUnit] = []
+        for number, group in enumerate(groups):
+            shapes = [(name, tuple(parameter.shape)) for name, parameter in group.parameters]
+            plan = plan_unit(group.name, shapes, shards.size, whole_tensors)
+            resident = stage < 3 or keep_whole or plan.size < resident_elements
+            unit = ZeroUnit(number, plan, [parameter for _, parameter in group.parameters], shards, resident)
+            _take(unit, comm)
+            self.units.append(unit)
+        self.gatherer = Gatherer(self.units)
+        of_module: dict[str, list[ZeroUnit]] = {}
+        for unit, group in zip(self.units, groups, strict=True):
+            of_module.setdefault(group.module, []).append(unit)
+        self._together = {unit: units for units in of_module.values() for unit in units}
+        blocks = {module: units for module, units in of_module.items() if module}
+        self.watch = Watch(model, self.gatherer, blocks)
+        self._masters: dict[ZeroUnit, Tensor] = {}
+        pieces = {name: made for unit in self.units if unit.is_trained for name, made in self._make_pieces(unit)}
+        self.pieces = {name: pieces[name] for name, _ in model.named_parameters() if name in pieces}
+        self.trained = [(name, piece.own) for name, piece in self.pieces.items()]
+        self._piece_of = {piece.parameter: piece for piece in self.pieces.values()}
+
+    @property
+    def exist(self) -> bool:
+        return bool(self._masters)
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share one copy of the state."""
+        return self.shards.size
+
+    @contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """Around each forward of the model."""
+        training = torch.is_grad_enabled()
+        self.gatherer.begin_forward(training)
+        with self.gatherer.saving() if training and self.stage == 3 else nullcontext():
+            yield
+
+    @contextmanager
+    def in_backward(self) -> Iterator[None]:
+        """Around each backward."""
+        self.watch.in_backward = True
+        try:
+            yield
+        finally:
+            self.watch.in_backward = False
+            self.gatherer.unpin_all()
+
+    def begin_step(self) -> None:
+        """Behind each step."""
+        self.gatherer.begin_step()
+
+    def done_with(self, unit: ZeroUnit) -> None:
+        """A backward has made all the unit's gradients: nobody waits for it, nor for frozen ones of its block."""
+        for other in self._together[unit]:
+            other.pins = 0
+
+    def publish(self) -> None:
+        """Round the masters into the shards, and start to give everyone what has changed."""
+        with torch.no_grad():
+            for unit, master in self._masters.items():
+                unit.shard.copy_(master)
+        self.gatherer.forget()
+        self.gatherer.start_residents()
+
+    def adopt(self) -> None:
+        """Take the shards as the masters."""
+        with torch.no_grad():
+            for unit, master in self._masters.items():
+                master.copy_(unit.shard)
+
+    def with_gradients(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        """What this rank has of each parameter, with its name and its part of the reduced gradients."""
+        for name, piece in self.pieces.items():
+            if piece.place is not None:
+                assert piece.unit.grad is not None
+                start = piece.place.offset
+                yield name, piece.own, piece.unit.grad[start : start + piece.place.numel].view(piece.own.shape)
+
+    def stand_in(self, optimizer: torch.optim.Optimizer) -> None:
+        """Have an optimizer that was made for the model's parameters move this rank's pieces."""
+        for group in optimizer.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+            for parameter in trained:
+                if parameter not in self._piece_of:
+                    raise UsageError.mismatch(
+                        "optimizer",
+                        "parameters of the model that are trained",
+                        f"another one, of shape {tuple(parameter.shape)}",
+                        "make what a loss trains a part of the model",
+                    )
+                if parameter in optimizer.state:
+                    expected = "an optimizer that has done no step, at zero.stage 1 to 3"
+                    raise UsageError.mismatch("optimizer", expected, "one with state")
+            group["params"] = [self._piece_of[parameter].own for parameter in trained]
+
+    def _make_pieces(self, unit: ZeroUnit) -> Iterator[tuple[str, OwnPiece]]:
+        source = unit.shard
+        if unit.dtype in (torch.bfloat16, torch.float16):
+            source = self._masters[unit] = unit.shard.float()
+        places = {place.entry: place for place in unit.plan.pieces(unit.group.index)}
+        for entry, parameter in zip(unit.plan.entries, unit.parameters, strict=True):
+            place = places.get(entry)
+            if place is None:
+                own = nn.Parameter(source.new_zeros((0, *entry.shape[1:])))
+            else:
+                view = source[place.offset : place.offset + place.numel]
+                own = nn.Parameter(view.view(entry.shape) if place.is_whole else view)
+            own.whole_shape = entry.shape  # type: ignore[attr-defined] # rules of groups look at it
+            yield entry.name, OwnPiece(unit, place, parameter, own)
+
+
+def _groups(model: nn.Module, stage: int, bucket_elements: int, small: int) -> list[Group]:
+    if stage == 3:
+        return by_module(model, small)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return list(reversed(by_size(trained, bucket_elements)))
+
+
+def _take(unit: ZeroUnit, comm: Communicator) -> None:
+    """Rank 0's values, parameter by parameter."""
+    for parameter in unit.parameters:
+        value = parameter.detach().to(unit.device).contiguous()
+        comm.broadcast(value)
+        unit.take(parameter, value)
+    if unit.resident:
+        unit.show()

@@ -99,6 +99,21 @@ class Communicator:
         dist.all_gather_object(items, item)
         return cast(list[T], items)
 
+    def send_to_first(
+        self, tensor: torch.Tensor | None, owner: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Rank `owner`'s tensor on rank 0; None on the others. All ranks may call it, those two take part."""
+        if owner == 0:
+            return tensor
+        if self.rank == owner:
+            assert tensor is not None
+            dist.send(tensor.detach().to(self.device).contiguous(), 0)
+        if self.rank != 0:
+            return None
+        received = torch.empty(shape, dtype=dtype, device=self.device)
+        dist.recv(received, owner)
+        return received
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.all_reduce(torch.zeros(1, device=self.device))

@@ -26,6 +26,9 @@ from torch import Tensor
 
 Algorithm = Literal["pairwise", "ring", "native"]
 
+_COLLECT = 1 << 20
+"""A tag above those of units."""
+
 PROBE_ELEMENTS = 1 << 20
 PROBE_ROUNDS = 3
 
@@ -146,6 +149,23 @@ class CommGroup:
             return _Done()
         self._count(2 * tensor.nbytes * (self.size - 1) // self.size)
         return cast(Pending, dist.all_reduce(tensor, group=self._group, async_op=True))
+
+    def collect(self, own: Tensor, sizes: Sequence[int]) -> Tensor | None:
+        """Everyone's flat `own`, one behind the other, on the group's first rank; None on the others.
+
+        sizes: elements of each rank's, known to all.
+        """
+        if self.index:
+            for work in _started(self._send(own.contiguous(), 0, tag=_COLLECT)):
+                work.wait()
+            return None
+        flat = torch.empty(sum(sizes), dtype=own.dtype, device=own.device)
+        parts = list(torch.split(flat, list(sizes)))
+        parts[0].copy_(own)
+        operations = [self._receive(parts[index], index, _COLLECT) for index in range(1, self.size)]
+        for work in _started([operation for one in operations for operation in one]):
+            work.wait()
+        return flat
 
     def close(self) -> None:
         """End the thread, if there is one."""

@@ -238,6 +238,13 @@ class Engine:
 
         return save(self, Path(dir))
 
+    def save_model(self, dir: str | Path) -> Path:
+        """Write the trained model as dir/model.safetensors, whatever the stage; on all ranks. CheckpointError."""
+        from dstrain.runtime.checkpoint.save import save_model
+
+        with self.averaged():
+            return save_model(self, Path(dir))
+
     def load_checkpoint(self, dir: str | Path) -> int:
         """Go on from a checkpoint, or from the newest whole one in a folder of them; on all ranks. Returns its step.
 

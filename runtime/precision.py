@@ -89,6 +89,18 @@ class MasterWeights:
     def begin_step(self) -> None:
         """Behind each step."""
 
+    def shard_of(self, name: str) -> Tensor | None:
+        """Nothing is sharded."""
+        return None
+
+    def collect(self, name: str, own: Tensor) -> Tensor | None:
+        """Every rank has the whole tensor."""
+        return own
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """Every rank has the whole tensor."""
+        return whole
+
     def with_gradients(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Each master with its name and its gradient."""
         for parameter, gradient in self._gradients.of_parameters():

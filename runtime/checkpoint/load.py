@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,9 +91,9 @@ def _has_saved(root: Path, run_id: str) -> bool:
 def load(engine: Engine, path: Path) -> Loaded:
     """Restore the engine from the checkpoint `path`, or from the newest whole one in that folder; on all ranks.
 
-    Rank 0 reads and verifies, and sends the rest what they need: one broadcast for each tensor. The random numbers
-    go on where they were if the number of ranks is the same. Raises CheckpointError on all ranks, before anything
-    has changed.
+    Rank 0 reads and verifies, and sends one tensor after the other; each rank keeps what is its own. The random
+    numbers go on where they were if the number of ranks is the same. Raises CheckpointError on all ranks, before
+    anything has changed.
     """
     comm = engine.comm
     found: tuple[Loaded, State, Manifest] | None = None
@@ -107,12 +108,15 @@ def load(engine: Engine, path: Path) -> Loaded:
     problem = comm.all_gather_object(problem)[0]
     if problem is not None:
         raise CheckpointError(problem)
-    loaded, state, layout = _share(found, comm)
-    restore(engine, state)
-    if layout["world_size"] == comm.world_size:
+    outline = comm.all_gather_object(_outline(found) if found else None)[0]
+    assert outline is not None
+    rng: dict[str, Tensor] = {}
+    tensors = _shared(outline, found[1].tensors if found else {}, comm)
+    restore(engine, {name: shape for name, (shape, _) in outline.tensors.items()}, outline.values, _but(rng, tensors))
+    if outline.layout["world_size"] == comm.world_size:
         prefix = f"rng.{comm.rank}."
-        restore_rng({n.removeprefix(prefix): t for n, t in state.tensors.items() if n.startswith(prefix)})
-    return loaded
+        restore_rng({n.removeprefix(prefix): t for n, t in rng.items() if n.startswith(prefix)})
+    return outline.loaded
 
 
 def read_newest(path: Path) -> tuple[Loaded, State, Manifest]:
@@ -175,22 +179,36 @@ def _bytes(path: Path, offset: int, size: int) -> bytearray:
     return data
 
 
-def _share(found: tuple[Loaded, State, Manifest] | None, comm: Communicator) -> tuple[Loaded, State, dict[str, int]]:
-    """Rank 0's find, on all ranks."""
-    outline: tuple[Loaded, dict[str, Any], dict[str, int], dict[str, tuple[tuple[int, ...], torch.dtype]]] | None = None
-    if found is not None:
-        loaded, state, manifest = found
-        shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.tensors.items()}
-        outline = (loaded, state.values, dict(manifest.layout), shapes)
-    outline = comm.all_gather_object(outline)[0]
-    assert outline is not None
-    loaded, values, layout, shapes = outline
-    tensors: dict[str, Tensor] = {}
-    for name, (shape, dtype) in shapes.items():
-        here = found[1].tensors[name] if found is not None else torch.empty(shape, dtype=dtype)
+class _Outline(NamedTuple):
+    """All of a checkpoint but the numbers. tensors: shape and dtype by name."""
+
+    loaded: Loaded
+    values: dict[str, Any]
+    layout: dict[str, int]
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _outline(found: tuple[Loaded, State, Manifest]) -> _Outline:
+    loaded, state, manifest = found
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.tensors.items()}
+    return _Outline(loaded, state.values, dict(manifest.layout), shapes)
+
+
+def _shared(outline: _Outline, here: Mapping[str, Tensor], comm: Communicator) -> Iterator[tuple[str, Tensor]]:
+    """Rank 0's tensors on all ranks, one at a time."""
+    for name, (shape, dtype) in outline.tensors.items():
+        tensor = here[name] if comm.rank == 0 else torch.empty(shape, dtype=dtype)
         if comm.world_size > 1:
-            sent = here.to(comm.device)
+            sent = tensor.to(comm.device)
             comm.broadcast(sent)
-            here = sent.cpu()
-        tensors[name] = here
-    return loaded, State(tensors, values), layout
+            tensor = sent.cpu()
+        yield name, tensor
+
+
+def _but(rng: dict[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, random numbers set aside."""
+    for name, tensor in tensors:
+        if name.startswith("rng."):
+            rng[name] = tensor
+        else:
+            yield name, tensor

@@ -39,6 +39,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 """safetensors' names of what can be stored."""
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 FORMAT = 1
 FILE_NAME = "manifest.json"
 PREFIX = "step-"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstrain.runtime.engine import Engine, TorchSchedule
 from dstrain.runtime.spec.errors import CheckpointError
@@ -17,14 +17,37 @@ from dstrain.runtime.spec.errors import CheckpointError
 
 @dataclass
 class State:
-    """tensors: by name, as they lie in the engine (not copied). values: JSON."""
+    """A checkpoint that was read. tensors: whole, by name. values: JSON."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor to save. whole: gives it on rank 0; all ranks call it, in the same order, if it is sharded."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    whole: Callable[[], Tensor | None]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Stored:
+        """One that every rank has."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+@dataclass
+class Captured:
+    """What to save: tensors as they lie in the engine, not copied, and JSON; the same names on all ranks."""
+
+    tensors: dict[str, Stored]
+    values: dict[str, Any]
+
+
 def model_tensors(engine: Engine) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by their names; a tied parameter once, under its first name."""
+    """Parameters and persistent buffers by their names; a tied parameter once, under its first name. Where parameters
+    are sharded, shapes and dtypes are right, and numbers are not."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
@@ -34,27 +57,92 @@ def model_tensors(engine: Engine) -> dict[str, Tensor]:
     return tensors
 
 
-def capture(engine: Engine) -> State:
-    """Everything that the next step depends on, of what all ranks share."""
-    tensors, values = model_tensors(engine), dict[str, Any]()
+def capture(engine: Engine) -> Captured:
+    """Everything that the next step depends on, of what all ranks share. A small collective of objects."""
+    tensors = capture_model(engine)
     if engine.weights.exist:
-        tensors |= {f"master.{name}": master.detach() for name, master in engine.trained}
+        tensors |= {f"master.{name}": _stored(engine, name, own) for name, own in engine.trained}
     if engine.average is not None:
-        tensors |= {f"average.{name}": tensor for name, tensor in engine.average.tensors.items()}
+        averages = engine.average.tensors.items()
+        tensors |= {f"average.{name}": _stored(engine, name, own) for name, own in averages}
+    states = dict(_optimizer_states(engine))
     scalars: dict[str, dict[str, Any]] = {}
-    for name, state in _optimizer_states(engine):
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{name}.{key}"] = value
+    for name, keys in _merged_outlines(engine, states).items():
+        for key, outline in keys.items():
+            if isinstance(outline, _Outline):
+                own = states.get(name, {}).get(key)
+                tensors[f"optimizer.{name}.{key}"] = _stored_state(engine, name, own, outline)
             else:
-                scalars.setdefault(name, {})[key] = value
+                scalars.setdefault(name, {})[key] = outline
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "names")}
         for group in engine.optimizer.param_groups
     ]
-    values["optimizer"] = {"class": type(engine.optimizer).__name__, "scalars": scalars, "groups": groups}
-    values["engine"] = engine.state_dict()
-    return State(tensors, values)
+    values = {"optimizer": {"class": type(engine.optimizer).__name__, "scalars": scalars, "groups": groups}}
+    return Captured(tensors, {**values, "engine": engine.state_dict()})
+
+
+def capture_model(engine: Engine) -> dict[str, Stored]:
+    """The model's parameters and persistent buffers."""
+    tensors = {}
+    for name, tensor in model_tensors(engine).items():
+        shard = engine.weights.shard_of(name.removeprefix("model."))
+        stored = Stored.of(tensor)
+        if shard is not None:
+            stored = _sharded(engine, name.removeprefix("model."), shard, tuple(tensor.shape))
+        tensors[name] = stored
+    return tensors
+
+
+class _Outline(NamedTuple):
+    """Of a tensor of an optimizer's state, on the rank that has it. by_element: it is cut as the parameter is."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    by_element: bool
+    owner: int
+
+
+def _merged_outlines(engine: Engine, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the optimizers of all ranks hold, by parameter and key: outlines of tensors, and plain values."""
+    own_of = dict(engine.trained)
+    here: dict[str, dict[str, Any]] = {}
+    for name, state in states.items():
+        for key, value in state.items():
+            outline: Any = value
+            if isinstance(value, Tensor):
+                by_element = value.shape == own_of[name].shape
+                outline = _Outline(tuple(value.shape), value.dtype, by_element, engine.rank)
+            here.setdefault(name, {})[key] = outline
+    everyone = engine.comm.all_gather_object(here) if engine.weights.sharers > 1 else [here]
+    order = [name for name, _ in engine.trained]
+    return {name: next(held[name] for held in everyone if name in held) for name in order
+            if any(name in held for held in everyone)}  # fmt: skip
+
+
+def _stored(engine: Engine, name: str, own: Tensor) -> Stored:
+    """A tensor with the elements of parameter `name`, of which this rank has `own`."""
+    if engine.weights.sharers == 1:
+        return Stored.of(own.detach())
+    return _sharded(engine, name, own, tuple(dict(engine.trained)[name].whole_shape))  # type: ignore[attr-defined]
+
+
+def _sharded(engine: Engine, name: str, own: Tensor, shape: tuple[int, ...]) -> Stored:
+    return Stored(shape, own.dtype, lambda: engine.weights.collect(name, own))
+
+
+def _stored_state(engine: Engine, name: str, own: Tensor | None, outline: _Outline) -> Stored:
+    if engine.weights.sharers == 1:
+        assert own is not None
+        return Stored.of(own)
+    if outline.by_element:
+        held = own if own is not None else torch.empty(0, dtype=outline.dtype, device=engine.device)
+        return _sharded(engine, name, held, tuple(dict(engine.trained)[name].whole_shape))  # type: ignore[attr-defined]
+
+    def whole() -> Tensor | None:
+        return engine.comm.send_to_first(own, outline.owner, outline.shape, outline.dtype)
+
+    return Stored(outline.shape, outline.dtype, whole)
 
 
 def _optimizer_states(engine: Engine) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -63,45 +151,67 @@ def _optimizer_states(engine: Engine) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, state
 
 
-def restore(engine: Engine, state: State) -> None:
-    """Put a captured state back, in place. Raises CheckpointError, and changes nothing, where it does not fit."""
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+def restore(engine: Engine, shapes: Mapping[str, tuple[int, ...]], values: dict[str, Any], tensors: Tensors) -> None:
+    """Put a captured state back, in place, tensor by tensor as they come. Raises CheckpointError, and changes nothing
+    and takes no tensor, where names and shapes do not fit."""
     own = model_tensors(engine)
-    _check_names(engine, own, state)
+    _check_names(engine, own, shapes, values)
+    pieces = dict(engine.trained)
+    states: dict[str, dict[str, Any]] = {n: dict(v) for n, v in values["optimizer"]["scalars"].items()}
+    averages: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state.tensors[name])
-        if engine.weights.exist:
-            for name, master in engine.trained:
-                master.copy_(state.tensors[f"master.{name}"])
-        if engine.average is not None:
-            prefix = "average."
-            averages = {n.removeprefix(prefix): t for n, t in state.tensors.items() if n.startswith(prefix)}
-            engine.average.load(averages, state.values["engine"]["average_updates"])
-    _restore_optimizer(engine, state)
-    engine.load_state_dict(state.values["engine"])
-
-
-def _check_names(engine: Engine, own: Mapping[str, Tensor], state: State) -> None:
-    wanted = dict(own)
-    if engine.weights.exist:
-        wanted |= {f"master.{name}": master for name, master in engine.trained}
+        for full_name, tensor in tensors:
+            kind, _, name = full_name.partition(".")
+            if kind == "model":
+                shard = engine.weights.shard_of(name)
+                target = own[full_name] if shard is None else shard
+                target.copy_(tensor if shard is None else engine.weights.own_part(name, tensor).reshape(-1))
+            elif kind == "master":
+                pieces[name].copy_(engine.weights.own_part(name, tensor))
+            elif kind == "average":
+                averages[name] = engine.weights.own_part(name, tensor).clone()
+            elif kind == "optimizer":
+                name, _, key = name.rpartition(".")
+                states.setdefault(name, {})[key] = _own_state(engine, name, pieces.get(name), tensor)
     if engine.average is not None:
-        wanted |= {f"average.{name}": tensor for name, tensor in engine.average.tensors.items()}
+        engine.average.load(averages, values["engine"]["average_updates"])
+    _restore_optimizer(engine, states, values["optimizer"]["groups"])
+    engine.weights.publish()
+    engine.load_state_dict(values["engine"])
+
+
+def _own_state(engine: Engine, name: str, own: nn.Parameter | None, tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor of an optimizer's state; all of it if it is not cut as the parameter is."""
+    by_element = own is not None and tuple(tensor.shape) == tuple(getattr(own, "whole_shape", own.shape))
+    return engine.weights.own_part(name, tensor).clone() if by_element else tensor
+
+
+def _check_names(
+    engine: Engine, own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, Any]
+) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    trained = {name: tuple(getattr(p, "whole_shape", p.shape)) for name, p in engine.trained}
+    if engine.weights.exist:
+        wanted |= {f"master.{name}": shape for name, shape in trained.items()}
+    if engine.average is not None:
+        wanted |= {f"average.{name}": shape for name, shape in trained.items()}
     kinds = ("model.", "master.", "average.")
-    missing = [name for name in wanted if name not in state.tensors]
-    foreign = [name for name in state.tensors if name.startswith(kinds) and name not in wanted]
-    for name, tensor in wanted.items():
-        found = state.tensors.get(name)
-        if found is not None and found.shape != tensor.shape:
-            expected = f"{name} of shape {tuple(tensor.shape)}"
-            raise CheckpointError(f"checkpoint: expected {expected}, found {tuple(found.shape)}; another model?")
+    missing = [name for name in wanted if name not in shapes]
+    foreign = [name for name in shapes if name.startswith(kinds) and name not in wanted]
+    for name, shape in wanted.items():
+        found = shapes.get(name)
+        if found is not None and found != shape:
+            raise CheckpointError(f"checkpoint: expected {name} of shape {shape}, found {found}; another model?")
     if missing or foreign:
         raise CheckpointError(
             "checkpoint: expected the tensors of this model and precision, "
             f"found {_some('none of', missing)}{' and ' if missing and foreign else ''}{_some('besides', foreign)}; "
             "was it saved with another model, precision.dtype or train.ema_decay?"
         )
-    optimizer, saved = type(engine.optimizer).__name__, state.values["optimizer"]["class"]
+    optimizer, saved = type(engine.optimizer).__name__, values["optimizer"]["class"]
     if optimizer != saved:
         raise CheckpointError(f"checkpoint: expected the state of {optimizer}, found that of {saved}")
 
@@ -113,21 +223,16 @@ def _some(words: str, names: list[str]) -> str:
     return f"{words} {', '.join(names[:3])}{more}"
 
 
-def _restore_optimizer(engine: Engine, state: State) -> None:
+def _restore_optimizer(engine: Engine, states: Mapping[str, dict[str, Any]], groups: list[dict[str, Any]]) -> None:
     """By load_state_dict, which numbers the parameters group by group."""
     own = engine.optimizer.state_dict()
-    name_of = {id(parameter): name for name, parameter in engine.trained}
+    name_of = {id(parameter): name for name, parameter in engine.trained if parameter.numel()}
     ordered = [name_of.get(id(p), "") for group in engine.optimizer.param_groups for p in group["params"]]
-    by_name: dict[str, dict[str, Any]] = {n: dict(v) for n, v in state.values["optimizer"]["scalars"].items()}
-    for name, tensor in state.tensors.items():
-        if name.startswith("optimizer."):
-            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
-            by_name.setdefault(parameter, {})[key] = tensor
-    own["state"] = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+    own["state"] = {index: states[name] for index, name in enumerate(ordered) if name in states}
     if isinstance(
         engine.schedule, TorchSchedule
     ):  # torch's schedules go on from what the groups say; ours from the job
-        for group, saved in zip(own["param_groups"], state.values["optimizer"]["groups"], strict=True):
+        for group, saved in zip(own["param_groups"], groups, strict=True):
             group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
     engine.optimizer.load_state_dict(own)
 

@@ -72,11 +72,11 @@ class UnitPlan:
 
     def pieces(self, shard: int) -> Iterator[Piece]:
         """The parts of parameters that lie in a shard."""
-        low, high = self.interval(shard)
+        low, _ = self.interval(shard)
         for entry in self.entries:
-            start, stop = max(low, entry.start), min(high, entry.stop)
+            start, stop = entry_overlap(self, shard, entry)
             if start < stop:
-                yield Piece(entry, start - entry.start, stop - entry.start, start - low)
+                yield Piece(entry, start, stop, entry.start + start - low)
 
     def gaps(self) -> Iterator[tuple[int, int]]:
         """What belongs to no parameter: [start, stop) of the buffer."""
@@ -92,6 +92,13 @@ class UnitPlan:
         lines = [f"{self.name}: {self.size:,} elements, cut at {', '.join(f'{bound:,}' for bound in self.bounds)}"]
         lines += [f"  {entry.start:>12,}  {entry.name} {list(entry.shape)}" for entry in self.entries]
         return "\n".join(lines)
+
+
+def entry_overlap(plan: UnitPlan, shard: int, entry: Entry) -> tuple[int, int]:
+    """What a shard has of a parameter: [start, stop) of it flattened; (0, 0) for nothing."""
+    low, high = plan.interval(shard)
+    start, stop = max(low, entry.start) - entry.start, min(high, entry.stop) - entry.start
+    return (start, stop) if start < stop else (0, 0)
 
 
 def plan_unit(

@@ -21,7 +21,7 @@ from dstrain.runtime.comm_group import CommGroup
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.zero.gatherer import Gatherer
 from dstrain.runtime.zero.grouping import Group, by_module, by_size
-from dstrain.runtime.zero.plan import Piece, plan_unit
+from dstrain.runtime.zero.plan import Piece, entry_overlap, plan_unit
 from dstrain.runtime.zero.unit import ZeroUnit
 from dstrain.runtime.zero.watch import Watch
 
@@ -78,6 +78,9 @@ class ShardedWeights:
         self.pieces = {name: pieces[name] for name, _ in model.named_parameters() if name in pieces}
         self.trained = [(name, piece.own) for name, piece in self.pieces.items()]
         self._piece_of = {piece.parameter: piece for piece in self.pieces.values()}
+        self._place_of = {
+            entry.name: (unit, number) for unit in self.units for number, entry in enumerate(unit.plan.entries)
+        }
 
     @property
     def exist(self) -> bool:
@@ -136,6 +139,34 @@ class ShardedWeights:
                 assert piece.unit.grad is not None
                 start = piece.place.offset
                 yield name, piece.own, piece.unit.grad[start : start + piece.place.numel].view(piece.own.shape)
+
+    def collect(self, name: str, own: Tensor) -> Tensor | None:
+        """Put the ranks' pieces of a tensor with the elements of parameter `name` together, whole on the first rank of
+        the shard group; None on the others. own: this rank's piece. All ranks call it."""
+        unit, number = self._place_of[name]
+        entry = unit.plan.entries[number]
+        sizes = [entry_overlap(unit.plan, shard, entry) for shard in range(self.shards.size)]
+        flat = self.shards.collect(own.detach().reshape(-1), [stop - start for start, stop in sizes])
+        return None if flat is None else flat.view(entry.shape)
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's piece of a whole tensor with the elements of parameter `name`, in the shape of a piece."""
+        unit, number = self._place_of[name]
+        start, stop = entry_overlap(unit.plan, self.shards.index, unit.plan.entries[number])
+        if stop - start == whole.numel():
+            return whole
+        part = whole.reshape(-1)[start:stop]
+        return part if part.numel() else part.view(0, *whole.shape[1:])
+
+    def shard_of(self, name: str) -> Tensor | None:
+        """This rank's interval of a parameter in the model's dtype, flat; None: it is not sharded."""
+        if name not in self._place_of:
+            return None
+        unit, number = self._place_of[name]
+        entry, (low, _) = unit.plan.entries[number], unit.plan.interval(self.shards.index)
+        start, stop = entry_overlap(unit.plan, self.shards.index, entry)
+        begin = entry.start + start - low if stop > start else 0
+        return unit.shard[begin : begin + stop - start]
 
     def stand_in(self, optimizer: torch.optim.Optimizer) -> None:
         """Have an optimizer that was made for the model's parameters move this rank's pieces."""

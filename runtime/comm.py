@@ -138,6 +138,10 @@ class Communicator:
         assert own is not None
         return own
 
+    def store(self) -> JobStore:
+        """A connection of its own to the job's store."""
+        return JobStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+
     def _count(self, sent: int) -> None:
         self.traffic_bytes += sent
 
@@ -145,6 +149,22 @@ class Communicator:
         """The bytes sent since the last call."""
         taken, self.traffic_bytes = self.traffic_bytes, 0
         return taken
+
+
+class JobStore:
+    """Words that ranks leave for each other, beside all collectives."""
+
+    def __init__(self, host: str, port: int) -> None:
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)  # type: ignore[attr-defined] # public
+        self._store = dist.PrefixStore("dstrain", store)  # type: ignore[attr-defined] # public, but not in __all__
+
+    def put(self, key: str, text: str) -> None:
+        """Leave a word, in place of the one before."""
+        self._store.set(key, text)
+
+    def get(self, key: str) -> str | None:
+        """The word under `key`, if there is one."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
 
 
 def _device_of(local_rank: int) -> torch.device:

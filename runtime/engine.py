@@ -197,11 +197,12 @@ class Engine:
             return None
         asked, self.save_requested = self.save_requested, False
         self._totals[2:4] = torch.tensor([self.stop_requested, asked])
-        self.gradients.wait()
-        squares = self.gradients.squares()
-        if self.weights.sharers > 1:  # each has the squares of its own shards
-            self._totals[4] = squares
-        self.comm.all_reduce(self._totals)
+        with self.weights.at_step_end():
+            self.gradients.wait()
+            squares = self.gradients.squares()
+            if self.weights.sharers > 1:  # each has the squares of its own shards
+                self._totals[4] = squares
+            self.comm.all_reduce(self._totals)
         if self.weights.sharers == 1:
             self._totals[4] = squares
         loss_sum, tokens, stop, save, total = self._totals.tolist()

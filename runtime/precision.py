@@ -86,6 +86,10 @@ class MasterWeights:
         """Around each backward."""
         return nullcontext()
 
+    def at_step_end(self) -> AbstractContextManager[None]:
+        """Around the collectives that end a step."""
+        return nullcontext()
+
     def begin_step(self) -> None:
         """Behind each step."""
 

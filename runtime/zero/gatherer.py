@@ -19,13 +19,14 @@ saves of a slot is kept as (unit, size, stride, offset), and becomes a tensor ag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dstrain.runtime.zero.divergence import Lookout
 from dstrain.runtime.zero.unit import UnitState, ZeroUnit
 
 SLOTS = 2
@@ -51,12 +52,12 @@ class _Slot:
 class Gatherer:
     """Keeps track of which units are whole. [Note: demand]
 
-    announce: told of every gather that starts, by the unit's name.
+    lookout: told of every gather, where ranks may differ.
     """
 
-    def __init__(self, units: Sequence[ZeroUnit], announce: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self, units: Sequence[ZeroUnit], lookout: Lookout | None = None) -> None:
         self.units = list(units)
-        self._announce = announce
+        self._lookout = lookout
         self._moving = [unit for unit in units if not unit.resident]
         self._slots: list[_Slot] = []
         self._slot_at: dict[int, _Slot] = {}  # by its address
@@ -76,7 +77,8 @@ class Gatherer:
         if unit.state is UnitState.SHARDED:
             self._start(unit)
         if unit.state is UnitState.GATHERING:
-            unit.finish_gather()
+            with self._lookout.waiting() if self._lookout is not None else nullcontext():
+                unit.finish_gather()
         self._touch(unit)
         self._last = unit
         if self._is_recording:
@@ -145,7 +147,8 @@ class Gatherer:
     # --- slots -------------------------------------------------------------------------------------------------
 
     def _start(self, unit: ZeroUnit) -> None:
-        self._announce(unit.name)
+        if self._lookout is not None:
+            self._lookout.note(unit.name)
         if unit.resident:
             unit.start_gather()
             return

@@ -53,11 +53,11 @@ class Watch:
         moving = [unit for unit in units if not unit.resident]
 
         def before(*_: Any) -> None:
-            for unit in units:
-                self._gatherer.demand(unit)
+            self._scopes.append(list(moving))
             for unit in moving:
                 self._gatherer.pin(unit)
-            self._scopes.append(list(moving))
+            for unit in units:
+                self._gatherer.demand(unit)
 
         def after(*_: Any) -> None:
             for unit in self._scopes.pop():

@@ -10,7 +10,7 @@ that the optimizer moves the parameters themselves; bf16 and fp16 shards have fp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import CommGroup
 from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.zero.divergence import END_OF_STEP, Lookout
 from dstrain.runtime.zero.gatherer import Gatherer
 from dstrain.runtime.zero.grouping import Group, by_module, by_size
 from dstrain.runtime.zero.plan import Piece, entry_overlap, plan_unit
@@ -66,7 +67,8 @@ class ShardedWeights:
             unit = ZeroUnit(number, plan, [parameter for _, parameter in group.parameters], shards, resident)
             _take(unit, comm)
             self.units.append(unit)
-        self.gatherer = Gatherer(self.units)
+        self.lookout = Lookout(comm, shards.ranks) if stage == 3 and shards.size > 1 else None
+        self.gatherer = Gatherer(self.units, self.lookout)
         of_module: dict[str, list[ZeroUnit]] = {}
         for unit, group in zip(self.units, groups, strict=True):
             of_module.setdefault(group.module, []).append(unit)
@@ -108,6 +110,13 @@ class ShardedWeights:
         finally:
             self.watch.in_backward = False
             self.gatherer.unpin_all()
+
+    def at_step_end(self) -> AbstractContextManager[None]:
+        """Around the collectives that end a step."""
+        if self.lookout is None:
+            return nullcontext()
+        self.lookout.note(END_OF_STEP)
+        return self.lookout.waiting()
 
     def begin_step(self) -> None:
         """Behind each step."""

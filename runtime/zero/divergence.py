@@ -1,0 +1,127 @@
+"""Ranks that use units in different orders end with a word, not with a hang.
+
+[Note: divergence]
+At stage 3 a gather is a collective: where one rank's forward takes another way, it waits for a unit that the others
+never send, and they wait for another. A blocked collective cannot carry the question, so each rank keeps the names of
+its gathers, and a thread of its own looks on: when the rank has waited for more than `SUSPICIOUS_S`, it publishes
+them in the job's store, and compares them with what the other waiting ranks have published. Names that differ at the
+same place prove the divergence; every rank finds it and ends, with one line that names them. A rank that is merely
+slow has no other name there, and is waited for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from dstrain.runtime.comm import Communicator, JobStore
+from dstrain.runtime.spec.exit_codes import ExitCode
+
+SUSPICIOUS_S = 1.0
+POLL_S = 0.25
+KEPT = 512
+"""Names of gathers that are kept: more than ranks can be apart."""
+
+END_OF_STEP = "the end of the step"
+
+
+class Trail(NamedTuple):
+    """The last gathers of a rank. first: number of the first name, counted from the beginning of the job."""
+
+    first: int
+    names: Sequence[str]
+
+
+class Lookout:
+    """Watches this rank's waits, in a thread. [Note: divergence]"""
+
+    def __init__(self, comm: Communicator, ranks: Sequence[int]) -> None:
+        """ranks: of the shard group."""
+        self._comm, self._ranks = comm, list(ranks)
+        self._names: deque[str] = deque(maxlen=KEPT)
+        self._count = 0
+        self._waits_since: float | None = None
+        self._store: JobStore | None = None
+        self._noting, self._comparing = threading.Lock(), threading.Lock()
+        threading.Thread(target=self._look_on, name="dstrain lookout", daemon=True).start()
+
+    def note(self, name: str) -> None:
+        """A gather starts."""
+        with self._noting:
+            self._names.append(name)
+            self._count += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what may block until others come."""
+        since = self._waits_since = time.monotonic()
+        try:
+            yield
+        except RuntimeError:  # others have gone: because they found it before us?
+            if time.monotonic() - since > SUSPICIOUS_S:
+                self._compare()
+            raise
+        finally:
+            self._waits_since = None
+
+    def _look_on(self) -> None:
+        while True:
+            time.sleep(POLL_S)
+            since = self._waits_since
+            if since is not None and time.monotonic() - since > SUSPICIOUS_S:
+                self._compare()
+
+    def _compare(self) -> None:
+        with self._comparing:
+            if self._store is None:
+                self._store = self._comm.store()
+            with self._noting:
+                own = Trail(self._count - len(self._names), list(self._names))
+            self._store.put(f"lookout/{self._comm.rank}", json.dumps(own))
+            if difference(self._published(self._store)) is not None:
+                time.sleep(SUSPICIOUS_S)  # those who came later have published too; nobody ends before they see it
+                self._end(difference(self._published(self._store)) or {})
+
+    def _published(self, store: JobStore) -> dict[int, Trail]:
+        texts = {rank: store.get(f"lookout/{rank}") for rank in self._ranks}
+        return {rank: Trail(*json.loads(text)) for rank, text in texts.items() if text is not None}
+
+    def _end(self, found: Mapping[str, Sequence[int]]) -> None:
+        """One line, and the end of this process: its main thread is blocked for good."""
+        said = " and ".join(f"{name} on {ranks_in_words(ranks)}" for name, ranks in found.items())
+        sys.stdout.flush()
+        sys.stderr.write(
+            f"dstrain: zero.stage 3: expected all ranks to use the model's units in one order, found {said} "
+            "at the same place; let all ranks take the same branches, or use stage 2\n"
+        )
+        sys.stderr.flush()
+        os._exit(ExitCode.USAGE)
+
+
+def difference(trails: Mapping[int, Trail]) -> dict[str, list[int]] | None:
+    """The first place where ranks have different names: name -> ranks. Pure."""
+    first = max(trail.first for trail in trails.values())
+    last = max(trail.first + len(trail.names) for trail in trails.values())
+    for place in range(first, last):
+        at: dict[str, list[int]] = {}
+        for rank, (start, names) in sorted(trails.items()):
+            if place - start < len(names):
+                at.setdefault(names[place - start], []).append(rank)
+        if len(at) > 1:
+            return at
+    return None
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """'rank 3', 'ranks 0, 1 and 12 more'."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

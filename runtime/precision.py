@@ -68,10 +68,9 @@ class MasterWeights:
         if self._low:
             torch._foreach_copy_(self._low, self._masters)
 
-    def adopt(self) -> None:
-        """Take the model's parameters as the masters."""
-        if self._low:
-            torch._foreach_copy_(self._masters, self._low)
+    def restored(self) -> None:
+        """Parameters and masters have been put back."""
+        self.publish()
 
     @property
     def sharers(self) -> int:

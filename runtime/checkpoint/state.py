@@ -179,7 +179,7 @@ def restore(engine: Engine, shapes: Mapping[str, tuple[int, ...]], values: dict[
     if engine.average is not None:
         engine.average.load(averages, values["engine"]["average_updates"])
     _restore_optimizer(engine, states, values["optimizer"]["groups"])
-    engine.weights.publish()
+    engine.weights.restored()
     engine.load_state_dict(values["engine"])
 
 

@@ -185,6 +185,9 @@ def _of_sharding(job: JobConfig) -> Iterator[Contradiction]:
         yield Contradiction(("zero", "offload", "optimizer"), "stage 1, 2 or 3 to offload", "stage 0")
     if zero.stage < 3 and zero.offload.parameters:
         yield Contradiction(("zero", "offload", "parameters"), "stage 3 to offload parameters", f"stage {zero.stage}")
+    if zero.offload.parameters and not zero.offload.optimizer:
+        expected = "zero.offload.optimizer too: it moves the parameters where they are"
+        yield Contradiction(("zero", "offload", "parameters"), expected, "false")
     if zero.stage == 0 and parallel.data_shard is not None and parallel.data_shard > 1:
         yield Contradiction(("parallel", "data_shard"), "stage 1, 2 or 3 to shard", "stage 0")
     if zero.stage == 3 and job.precision.autocast:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.gradients import GradientBucket, GradientReducer
-from dstrain.runtime.zero.unit import ZeroUnit
+from dstrain.runtime.zero.unit import ZeroUnit, host_memory
 
 POOL = 2
 """Buffers: one is filled while another is reduced."""
@@ -37,9 +37,10 @@ class ShardedGradients(GradientReducer):
         dtype: torch.dtype,
         sharded_accumulation: bool,
         done_with: Callable[[ZeroUnit], None],
+        offload: bool = False,
     ) -> None:
         """units: those that are trained, in the order in which the backward makes their gradients. dtype: of the
-        sums. done_with: told when a backward has made all gradients of a unit."""
+        sums. done_with: told when a backward has made all gradients of a unit. offload: copy sums to the host."""
         super().__init__([GradientBucket(unit.plan, unit.parameters, dtype) for unit in units])
         self._units, self._shards, self._replicas, self._dtype = list(units), shards, replicas, dtype
         self._sharded_accumulation, self._done_with = sharded_accumulation, done_with
@@ -49,24 +50,34 @@ class ShardedGradients(GradientReducer):
         self._made = 0
         self._largest = max((unit.plan.size for unit in units), default=0)
         self._pending: deque[tuple[GradientBucket, Pending]] = deque()
-        self._all_reduces: list[Pending] = []
+        self._all_reduces: list[tuple[ZeroUnit, Pending]] = []
         self._is_last = False
         self._has_sum: set[int] = set()  # units that a micro-batch of this step has already been added to
         for unit in units:
             low, high = unit.plan.interval(shards.index)
             unit.grad = torch.zeros(high - low, dtype=dtype, device=unit.device)
+            unit.host_grad = host_memory(high - low, dtype) if offload else None
 
     def wait(self) -> None:
         while self._pending:
             self._finish_oldest()
-        for pending in self._all_reduces:
+        for unit, pending in self._all_reduces:
             pending.wait()
+            self._offload(unit)
         self._all_reduces.clear()
+        if self._shards.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # copies to the host
 
     def reduced(self) -> Iterator[Tensor]:
         for unit in self._units:
             assert unit.grad is not None
             yield unit.grad
+
+    def scale(self, factor: float) -> None:
+        for unit in self._units:
+            gradient = unit.grad if unit.host_grad is None else unit.host_grad
+            assert gradient is not None
+            gradient.mul_(factor)
 
     def begin_backward(self, last: bool) -> None:
         self._is_last = last
@@ -116,7 +127,14 @@ class ShardedGradients(GradientReducer):
         unit = self._unit_of[id(bucket)]
         if self._is_last and self._replicas.size > 1:
             assert unit.grad is not None
-            self._all_reduces.append(self._replicas.start_all_reduce(unit.grad))
+            self._all_reduces.append((unit, self._replicas.start_all_reduce(unit.grad)))
+        elif self._is_last:
+            self._offload(unit)
+
+    def _offload(self, unit: ZeroUnit) -> None:
+        if unit.host_grad is not None:
+            assert unit.grad is not None
+            unit.host_grad.copy_(unit.grad, non_blocking=True)
 
     def _give_back(self, bucket: GradientBucket) -> None:
         bucket.close()

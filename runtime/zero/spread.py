@@ -55,6 +55,7 @@ def spread(
     shards, replicas = comm.groups(shard_size)
     shards.choose(zero.comm)
     _move_unsharded(model, comm, stage=zero.stage)
+    offload = zero.offload if comm.device.type != "cpu" else None
     weights = ShardedWeights(
         model,
         comm,
@@ -64,10 +65,14 @@ def spread(
         resident_elements=zero.resident_elements,
         keep_whole=zero.reshard == "step",
         whole_tensors=whole_tensors,
+        offload=offload,
     )
     units = [unit for unit in reversed(weights.units) if unit.is_trained]
     accumulate = zero.accumulate or ("local" if zero.stage == 1 else "sharded")
-    return weights, ShardedGradients(units, shards, replicas, dtype, accumulate == "sharded", weights.done_with)
+    sharded = accumulate == "sharded"
+    return weights, ShardedGradients(
+        units, shards, replicas, dtype, sharded, weights.done_with, offload is not None and offload.optimizer
+    )
 
 
 def needs_whole_tensors(optimizer: torch.optim.Optimizer | Callable[..., Any]) -> bool:

@@ -32,22 +32,36 @@ class UnitState(Enum):
     WHOLE = auto()
 
 
+def host_memory(elements: int, dtype: torch.dtype) -> Tensor:
+    """Zeros in the host's memory; pinned where there is a GPU, so that copies go on beside the computation."""
+    return torch.zeros(elements, dtype=dtype, pin_memory=torch.cuda.is_available())
+
+
 class ZeroUnit:
     """Parameters that are gathered, reduced and freed together. [Note: units] in plan.py, [Note: states] here.
 
     number: among the units, the same on all ranks. full: the flat buffer, while there is one. shard: this rank's
     interval in the model's dtype. grad: of the shard, summed over all ranks; made by the reduction.
-    pins: how many users want it to stay whole.
+    host_grad: its copy in the host's memory, where the optimizer works there. pins: how many users want it to stay
+    whole.
     """
 
     def __init__(
-        self, number: int, plan: UnitPlan, parameters: Sequence[nn.Parameter], group: CommGroup, resident: bool
+        self,
+        number: int,
+        plan: UnitPlan,
+        parameters: Sequence[nn.Parameter],
+        group: CommGroup,
+        resident: bool,
+        shard_in_host: bool = False,
     ) -> None:
+        """shard_in_host: keep the shard in the host's memory; of a unit that is not resident."""
         self.number, self.plan, self.parameters, self.group = number, plan, list(parameters), group
         self.resident, self.device = resident, group.device
         self.state = UnitState.SHARDED
         self.full: Tensor | None = None
         self.grad: Tensor | None = None
+        self.host_grad: Tensor | None = None
         self.pins = 0
         self._pending: Pending | None = None
         first = self.parameters[0]
@@ -56,6 +70,8 @@ class ZeroUnit:
         if resident:
             self.full = torch.zeros(plan.size, dtype=self.dtype, device=self.device)
             self.shard = self.full[low:high]
+        elif shard_in_host:
+            self.shard = host_memory(high - low, self.dtype)
         else:
             self.shard = torch.zeros(high - low, dtype=self.dtype, device=self.device)
 
@@ -94,7 +110,7 @@ class ZeroUnit:
             assert slot is not None
             self.full = slot[: self.plan.size]
             low, high = self.plan.interval(self.group.index)
-            self.full[low:high].copy_(self.shard)
+            self.full[low:high].copy_(self.shard, non_blocking=True)
         assert self.full is not None
         self._pending = self.group.start_all_gather(self.full, self.plan.bounds, tag=2 * self.number)
         self.state = UnitState.GATHERING

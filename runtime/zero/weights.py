@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import CommGroup
 from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.training_config import OffloadConfig
 from dstrain.runtime.zero.divergence import END_OF_STEP, Lookout
 from dstrain.runtime.zero.gatherer import Gatherer
 from dstrain.runtime.zero.grouping import Group, by_module, by_size
 from dstrain.runtime.zero.plan import Piece, entry_overlap, plan_unit
-from dstrain.runtime.zero.unit import ZeroUnit
+from dstrain.runtime.zero.unit import ZeroUnit, host_memory
 from dstrain.runtime.zero.watch import Watch
 
 
@@ -41,7 +42,7 @@ class ShardedWeights:
     """Takes a model's parameters over into units; on construction rank 0's values are broadcast, unit by unit.
 
     trained: pieces by their parameters' names. units: in the order of the model. exist: whether pieces are fp32
-    masters of their own.
+    masters of parameters in lower precision.
     """
 
     def __init__(
@@ -54,17 +55,21 @@ class ShardedWeights:
         resident_elements: int,
         keep_whole: bool,
         whole_tensors: bool,
+        offload: OffloadConfig | None = None,
     ) -> None:
         """resident_elements: units of fewer stay whole at stage 3; keep_whole: all of them, from step to step.
         whole_tensors: cut only between parameters."""
         self.stage, self.shards = stage, shards
+        self._offload = offload or OffloadConfig()
         groups = _groups(model, stage, bucket_elements, resident_elements)
         self.units: list[ZeroUnit] = []
         for number, group in enumerate(groups):
             shapes = [(name, tuple(parameter.shape)) for name, parameter in group.parameters]
             plan = plan_unit(group.name, shapes, shards.size, whole_tensors)
             resident = stage < 3 or keep_whole or plan.size < resident_elements
-            unit = ZeroUnit(number, plan, [parameter for _, parameter in group.parameters], shards, resident)
+            parameters = [parameter for _, parameter in group.parameters]
+            in_host = self._offload.parameters and not resident
+            unit = ZeroUnit(number, plan, parameters, shards, resident, in_host)
             _take(unit, comm)
             self.units.append(unit)
         self.lookout = Lookout(comm, shards.ranks) if stage == 3 and shards.size > 1 else None
@@ -86,7 +91,7 @@ class ShardedWeights:
 
     @property
     def exist(self) -> bool:
-        return bool(self._masters)
+        return any(unit.dtype is not torch.float32 for unit in self._masters)
 
     @property
     def sharers(self) -> int:
@@ -131,23 +136,26 @@ class ShardedWeights:
         """Round the masters into the shards, and start to give everyone what has changed."""
         with torch.no_grad():
             for unit, master in self._masters.items():
-                unit.shard.copy_(master)
+                unit.shard.copy_(master, non_blocking=True)
         self.gatherer.forget()
         self.gatherer.start_residents()
 
-    def adopt(self) -> None:
-        """Take the shards as the masters."""
+    def restored(self) -> None:
+        """Parameters, and masters where they `exist`, have been put back: everyone needs them."""
         with torch.no_grad():
             for unit, master in self._masters.items():
-                master.copy_(unit.shard)
+                if unit.dtype is torch.float32:  # in the host's memory, not stored for itself
+                    master.copy_(unit.shard)
+        self.publish()
 
     def with_gradients(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """What this rank has of each parameter, with its name and its part of the reduced gradients."""
         for name, piece in self.pieces.items():
             if piece.place is not None:
-                assert piece.unit.grad is not None
+                sums = piece.unit.grad if piece.unit.host_grad is None else piece.unit.host_grad
+                assert sums is not None
                 start = piece.place.offset
-                yield name, piece.own, piece.unit.grad[start : start + piece.place.numel].view(piece.own.shape)
+                yield name, piece.own, sums[start : start + piece.place.numel].view(piece.own.shape)
 
     def collect(self, name: str, own: Tensor) -> Tensor | None:
         """Put the ranks' pieces of a tensor with the elements of parameter `name` together, whole on the first rank of
@@ -196,7 +204,11 @@ class ShardedWeights:
 
     def _make_pieces(self, unit: ZeroUnit) -> Iterator[tuple[str, OwnPiece]]:
         source = unit.shard
-        if unit.dtype in (torch.bfloat16, torch.float16):
+        is_low = unit.dtype in (torch.bfloat16, torch.float16)
+        if self._offload.optimizer and (is_low or unit.resident or not self._offload.parameters):
+            source = self._masters[unit] = host_memory(unit.shard.numel(), torch.float32)
+            source.copy_(unit.shard)
+        elif is_low:
             source = self._masters[unit] = unit.shard.float()
         places = {place.entry: place for place in unit.plan.pieces(unit.group.index)}
         for entry, parameter in zip(unit.plan.entries, unit.parameters, strict=True):

@@ -36,7 +36,7 @@ from dstrain.runtime.comm import Communicator
 from dstrain.runtime.ema import WeightAverage
 from dstrain.runtime.loss_scale import LossScaler
 from dstrain.runtime.optimizers import set_learning_rate
-from dstrain.runtime.precision import DTYPES, cast_parameters, first_non_finite, parameter_dtype
+from dstrain.runtime.precision import DTYPES, first_non_finite
 from dstrain.runtime.spec.errors import NonFiniteError, UsageError
 from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
 from dstrain.runtime.zero.spread import needs_whole_tensors, spread
@@ -113,16 +113,17 @@ class Engine:
         config: EngineConfig,
         optimizer: torch.optim.Optimizer | OptimizerFactory,
         schedule: Schedule | Callable[[torch.optim.Optimizer], Schedule],
+        fill: Callable[[Tensor], object] = lambda parameter: None,
     ) -> None:
+        """fill: gives a parameter its numbers, for a module whose parameters wait for it (`build_deferred`)."""
         self.module, self.comm, self.config = module, comm, config
         self.global_step = self.micro_step = 0
         self.learning_rate = self.grad_norm = 0.0
         self.dataloader: Iterable[Any] = ()
         self.stop_requested = self.save_requested = False
-        cast_parameters(module, parameter_dtype(config.precision))
         whole_tensors = config.zero.stage > 0 and needs_whole_tensors(optimizer)
         self.weights, self.gradients = spread(
-            module, comm, config.zero, config.parallel, config.precision, whole_tensors
+            module, comm, config.zero, config.parallel, config.precision, whole_tensors, fill
         )
         self._broadcast_buffers()
         self.trained = self.weights.trained

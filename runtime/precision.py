@@ -24,13 +24,19 @@ def parameter_dtype(config: PrecisionConfig) -> torch.dtype:
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Make fp32 parameters `dtype`, in place. Buffers stay as they are (tables of positions lose too much), except
     those of batch norms, which torch wants in the dtype of their weights."""
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    cast_buffers(model, dtype)
+
+
+def cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """The buffers' part of `cast_parameters`."""
     for module in model.modules():
-        own: list[Tensor] = list(module.parameters(recurse=False))
         if isinstance(module, _BatchNorm):
-            own += module.buffers(recurse=False)
-        for tensor in own:
-            if tensor.dtype == torch.float32:
-                tensor.data = tensor.data.to(dtype)
+            for buffer in module.buffers(recurse=False):
+                if buffer.dtype == torch.float32:
+                    buffer.data = buffer.data.to(dtype)
 
 
 class HasGradients(Protocol):

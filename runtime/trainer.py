@@ -16,7 +16,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.spec.load import load_job, load_resolved
 from dstrain.runtime.task import LanguageTask, task_of
+from dstrain.runtime.zero.deferred import build_deferred
 
 SAMPLE_TEMPERATURE = 0.8
 """Of the text at the end: below 1, so that a small model's rare nonsense stays rare."""
@@ -64,7 +65,13 @@ class Trainer:
         self.layout = BatchLayout(comm.rank, comm.world_size, self.micro, accumulation)
 
         torch.manual_seed(job.train.seed)  # the same parameters whatever the number of ranks
-        model = build_model(job.model)
+        fill: Callable[[Tensor], object] = _is_full
+        if job.zero.stage == 3:
+            model_config = job.model
+            model, deferred = build_deferred(lambda deferred: build_model(model_config, deferred.refill_by))
+            fill = deferred.fill
+        else:
+            model = build_model(job.model)
         seed_all(job.train.seed + 1 + comm.rank)  # what is random in training differs between ranks
         if job.train.activation_checkpointing is not None:
             checkpoint_activations(model, job.train.activation_checkpointing)
@@ -77,6 +84,7 @@ class Trainer:
             engine_config(job, accumulation),
             lambda parameters: make_optimizer(parameters, job.optimizer),
             JobSchedule(job.optimizer.lr, LRSchedule(job.schedule, self.steps)),
+            fill,
         )
         self.task = task_of(self.data.training.batch(range(1)), job.train.loss)
         self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
@@ -176,6 +184,10 @@ class Trainer:
         text = self.data.decode(tokens.tolist())
         if text is not None:
             self.report.say(f"--- sample\n{text}\n---")
+
+
+def _is_full(parameter: Tensor) -> None:
+    """It has its numbers already."""
 
 
 def seed_all(seed: int) -> None:

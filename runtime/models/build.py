@@ -7,19 +7,21 @@ from torch import nn
 from dstrain.runtime.imports import call_object
 from dstrain.runtime.models import hf
 from dstrain.runtime.models.gpt import GPT
+from dstrain.runtime.models.hf_weights import RefillBy
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.model_config import ModelConfig
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig, refill_by: RefillBy | None = None) -> nn.Module:
     """The model, on the CPU, in training mode; fp32, unless a factory has it otherwise.
 
-    Random weights come from torch's seed. Raises UsageError where the section asks for what cannot be had.
+    Random weights come from torch's seed. refill_by: told how to read parameters from files once more. Raises
+    UsageError where the section asks for what cannot be had.
     """
     if config.gpt is not None:
         return GPT(config.gpt)
     if config.hf is not None:
-        return hf.build(config.hf)
+        return hf.build(config.hf, refill_by)
     assert config.factory is not None, "the loader has seen to it: one of gpt, hf, factory"
     model = call_object(config.factory, config.args, "model.factory")
     if not isinstance(model, nn.Module):

@@ -14,17 +14,17 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dstrain.runtime.imports import optional_module
-from dstrain.runtime.models.hf_weights import load_weights, read_json
+from dstrain.runtime.models.hf_weights import RefillBy, load_weights, read_json
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.model_config import HFConfig
 
 _REASON_CHARACTERS = 200
 
 
-def build(config: HFConfig) -> nn.Module:
+def build(config: HFConfig, refill_by: RefillBy | None = None) -> nn.Module:
     """The model in fp32, in training mode, without the cache that only generation needs. [Note: streamed weights]
 
-    Raises UsageError where configuration, class and files do not fit together.
+    refill_by: see `load_weights`. Raises UsageError where configuration, class and files do not fit together.
     """
     transformers = optional_module("transformers", "model.hf", "hf")
     if config.path is None:
@@ -35,7 +35,7 @@ def build(config: HFConfig) -> nn.Module:
         values = read_json(config.path / "config.json", "model.hf.path")
         with _UnfilledParameters():
             model = _model(transformers, config.auto_class, values, "model.hf.path")
-        load_weights(model, config.path)
+        load_weights(model, config.path, refill_by)
     return model.train()
 
 

@@ -36,24 +36,31 @@ _BUFFERS_OF_OLD_FILES = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 
 Read = Callable[[], Tensor]
 
+RefillBy = Callable[[Tensor, Callable[[], object]], None]
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+
+def load_weights(model: nn.Module, folder: Path, refill_by: RefillBy | None = None) -> None:
     """Copy the tensors of the folder's safetensors into a transformers model. [Note: streamed weights]
 
-    Raises UsageError, naming them, for tensors that are missing, superfluous or of another shape.
+    refill_by: told how to read each parameter once more; the files stay open for it, as long as the process. Raises
+    UsageError, naming them, for tensors that are missing, superfluous or of another shape.
     """
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)  # both names of a tied parameter
     filled: set[int] = set()
     mismatched: list[str] = []
     with ExitStack() as files:
         plan, superfluous = _plan(model, _tensors_of(folder, files), targets)
-        for name, tensor in _converted(model, plan, mismatched):
+        if refill_by is not None:
+            files.pop_all()
+        for name, tensor, again in _converted(model, plan, mismatched):
             target = targets[name]
             if target.shape != tensor.shape:
                 mismatched.append(f"{name} {list(tensor.shape)} in place of {list(target.shape)}")
             elif id(target) not in filled:
                 with torch.no_grad():
                     target.copy_(tensor)
+                if refill_by is not None:
+                    refill_by(target, partial(_copy_again, target, again, name))
             elif not torch.equal(target, tensor.to(target.dtype)):
                 mismatched.append(f"{name} unlike the tensor that it is tied to")
             filled.add(id(target))
@@ -97,16 +104,32 @@ def _plan(model: Any, tensors: Mapping[str, Read], targets: Mapping[str, Tensor]
     return plan, superfluous
 
 
-def _converted(model: Any, plan: Mapping[str, Any], failed: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Names in the model and tensors, read and converted one parameter at a time; `failed` gets the others."""
+def _copy_again(target: Tensor, again: Callable[[], dict[str, Any]], name: str) -> None:
+    value = again()[name]
+    target.copy_(value[0] if isinstance(value, list) else value)
+
+
+def _converted(
+    model: Any, plan: Mapping[str, Any], failed: list[str]
+) -> Iterator[tuple[str, Tensor, Callable[[], dict[str, Any]]]]:
+    """Names in the model and tensors, read and converted one parameter at a time, and what reads them once more;
+    `failed` gets the others."""
     for first, conversion in plan.items():
+        again = partial(_convert, model, first, conversion, dict(conversion.collected_tensors))
         try:
-            made = conversion.convert(first, model=model, config=model.config)
+            made = again()
         except (RuntimeError, ValueError, LookupError) as error:
             failed.append(f"{first} cannot be made of its tensors: {error}")
             continue
         for name, value in made.items():
-            yield name, value[0] if isinstance(value, list) else value
+            yield name, value[0] if isinstance(value, list) else value, again
+
+
+def _convert(model: Any, first: str, conversion: Any, sources: Mapping[str, list[Read]]) -> dict[str, Any]:
+    """All that a conversion makes; it forgets its sources, so they are given to it anew."""
+    conversion.collected_tensors.update({pattern: list(reads) for pattern, reads in sources.items()})
+    made: dict[str, Any] = conversion.convert(first, model=model, config=model.config)
+    return made
 
 
 def _tensors_of(folder: Path, files: ExitStack) -> dict[str, Read]:

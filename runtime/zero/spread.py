@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.gradients import GradientBucket, GradientReducer, OwnGradients, ReplicatedGradients
-from dstrain.runtime.precision import DTYPES, MasterWeights
+from dstrain.runtime.precision import DTYPES, MasterWeights, cast_buffers, cast_parameters, parameter_dtype
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
 from dstrain.runtime.zero.gradients import ShardedGradients
@@ -33,13 +33,21 @@ def spread(
     parallel: ParallelConfig,
     precision: PrecisionConfig,
     whole_tensors: bool,
+    fill: Callable[[Tensor], object],
 ) -> tuple[Weights, GradientReducer]:
     """Move the model to this rank's device, rank 0's parameters to all, and make what holds them and their gradients.
 
-    whole_tensors: for an optimizer that looks at whole tensors. Raises UsageError where ranks and groups do not fit.
+    Parameters in fp32 become `precision`'s. whole_tensors: for an optimizer that looks at whole tensors. fill: gives a
+    parameter its numbers, on rank 0, just before they are needed. Raises UsageError where ranks and groups do not fit.
     """
     dtype = DTYPES[precision.reduce_dtype or "fp32"]
     shard_size = _shard_size(comm, zero, parallel)
+    if zero.stage < 3:
+        for parameter in model.parameters():
+            fill(parameter)
+        cast_parameters(model, parameter_dtype(precision))
+    else:
+        cast_buffers(model, parameter_dtype(precision))
     if zero.stage == 0:
         model.to(comm.device)
         for parameter in model.parameters():
@@ -65,7 +73,9 @@ def spread(
         resident_elements=zero.resident_elements,
         keep_whole=zero.reshard == "step",
         whole_tensors=whole_tensors,
+        dtype=parameter_dtype(precision),
         offload=offload,
+        fill=fill,
     )
     units = [unit for unit in reversed(weights.units) if unit.is_trained]
     accumulate = zero.accumulate or ("local" if zero.stage == 1 else "sharded")

@@ -52,10 +52,12 @@ class ZeroUnit:
         plan: UnitPlan,
         parameters: Sequence[nn.Parameter],
         group: CommGroup,
+        dtype: torch.dtype,
         resident: bool,
         shard_in_host: bool = False,
     ) -> None:
-        """shard_in_host: keep the shard in the host's memory; of a unit that is not resident."""
+        """dtype: of parameters that are fp32 now. shard_in_host: keep the shard, if the unit is not resident, in the
+        host's memory."""
         self.number, self.plan, self.parameters, self.group = number, plan, list(parameters), group
         self.resident, self.device = resident, group.device
         self.state = UnitState.SHARDED
@@ -66,7 +68,8 @@ class ZeroUnit:
         self._pending: Pending | None = None
         first = self.parameters[0]
         low, high = plan.interval(group.index)
-        self.dtype, self.is_trained = first.dtype, first.requires_grad
+        self.dtype = dtype if first.dtype is torch.float32 else first.dtype
+        self.is_trained = first.requires_grad
         if resident:
             self.full = torch.zeros(plan.size, dtype=self.dtype, device=self.device)
             self.shard = self.full[low:high]

@@ -9,7 +9,7 @@ that the optimizer moves the parameters themselves; bf16 and fp16 shards have fp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -55,10 +55,13 @@ class ShardedWeights:
         resident_elements: int,
         keep_whole: bool,
         whole_tensors: bool,
+        dtype: torch.dtype = torch.float32,
         offload: OffloadConfig | None = None,
+        fill: Callable[[Tensor], object] = lambda parameter: None,
     ) -> None:
         """resident_elements: units of fewer stay whole at stage 3; keep_whole: all of them, from step to step.
-        whole_tensors: cut only between parameters."""
+        whole_tensors: cut only between parameters. dtype: of parameters that are fp32 now. fill: gives a parameter its
+        numbers, on rank 0, just before they are needed."""
         self.stage, self.shards = stage, shards
         self._offload = offload or OffloadConfig()
         groups = _groups(model, stage, bucket_elements, resident_elements)
@@ -69,8 +72,8 @@ class ShardedWeights:
             resident = stage < 3 or keep_whole or plan.size < resident_elements
             parameters = [parameter for _, parameter in group.parameters]
             in_host = self._offload.parameters and not resident
-            unit = ZeroUnit(number, plan, parameters, shards, resident, in_host)
-            _take(unit, comm)
+            unit = ZeroUnit(number, plan, parameters, shards, dtype, resident, in_host)
+            _take(unit, comm, fill)
             self.units.append(unit)
         self.lookout = Lookout(comm, shards.ranks) if stage == 3 and shards.size > 1 else None
         self.gatherer = Gatherer(self.units, self.lookout)
@@ -229,10 +232,14 @@ def _groups(model: nn.Module, stage: int, bucket_elements: int, small: int) -> l
     return list(reversed(by_size(trained, bucket_elements)))
 
 
-def _take(unit: ZeroUnit, comm: Communicator) -> None:
-    """Rank 0's values, parameter by parameter."""
+def _take(unit: ZeroUnit, comm: Communicator, fill: Callable[[Tensor], object]) -> None:
+    """Rank 0's values, parameter by parameter: no other is in memory meanwhile."""
     for parameter in unit.parameters:
-        value = parameter.detach().to(unit.device).contiguous()
+        if comm.rank == 0:
+            fill(parameter)
+            value = parameter.detach().to(unit.device, unit.dtype).contiguous()
+        else:
+            value = torch.empty(parameter.shape, dtype=unit.dtype, device=unit.device)
         comm.broadcast(value)
         unit.take(parameter, value)
     if unit.resident:

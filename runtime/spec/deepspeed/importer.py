@@ -227,7 +227,7 @@ def _rules_by_path() -> dict[str, Rule]:
         "zero_optimization": zero_rules(3),
         "zero_optimization.offload_optimizer": offload_rules("optimizer", 3),
         "zero_optimization.offload_param": offload_rules("parameters", 3),
-        "fp16": fp16_rules({}, False),
+        "fp16": {key: rule for key, rule in fp16_rules({}, False).items() if key != "scale_window"},
         "bf16": bf16_rules(),
         "torch_autocast": autocast_rules(0),
         **_SECTIONS,

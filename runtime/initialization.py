@@ -51,7 +51,7 @@ def initialize(
     ConfigError, CheckpointError.
     """
     job = _job(config)
-    comm = _communicator()
+    comm = communicator()
     accumulation = job.batch.accumulation(comm.world_size) if job.batch else 1
     if job.train.activation_checkpointing is not None:
         checkpoint_activations(model, job.train.activation_checkpointing)
@@ -100,7 +100,8 @@ _joined: list[Communicator] = []
 """The job that this process has joined: there is only one, whatever the number of engines."""
 
 
-def _communicator() -> Communicator:
+def communicator() -> Communicator:
+    """The ranks of this job, which this process joins in the first call, and leaves when it ends."""
     if not _joined:
         stack = ExitStack()
         _joined.append(stack.enter_context(Communicator.connect(meet=False)))

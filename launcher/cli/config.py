@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dstrain.runtime.spec.errors import ConfigError
+from dstrain.runtime.spec.errors import ConfigError, UsageError
 
 app = typer.Typer(help="Check and show job files.", no_args_is_help=True)
 
@@ -61,3 +61,33 @@ def show(
 
     job = load_job(file, overrides or (), for_trainer=not script)
     typer.echo(to_yaml(job.model_dump(mode="json", by_alias=True)), nl=False)
+
+
+@app.command("import-deepspeed")
+def import_deepspeed_config(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A DeepSpeed configuration: JSON.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the job here, not on stdout.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="Ranks of the job, where its batch sizes follow from them.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+) -> None:
+    """Print our YAML of a DeepSpeed configuration; every key of it is told on stderr as honoured, mapped or refused."""
+    from dstrain.runtime.spec.deepspeed.importer import import_deepspeed, read_deepspeed
+    from dstrain.runtime.spec.document import to_yaml
+
+    imported = import_deepspeed(read_deepspeed(file), ranks, str(file))
+    for line in imported.listing():
+        typer.echo(line, err=True)
+    text = to_yaml(imported.values)
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        with output.open("w" if force else "x", encoding="utf-8") as out:
+            out.write(text)
+    except FileExistsError:
+        fix = "give another name, or --force"
+        raise UsageError.mismatch("--output", "no file of that name", str(output), fix) from None
+    except OSError as error:
+        raise UsageError.mismatch("--output", "a file to write", f"{output}: {error.strerror}") from None

@@ -80,6 +80,9 @@ class ShardedGradients(GradientReducer):
             gradient.mul_(factor)
 
     def begin_backward(self, last: bool) -> None:
+        if self._sharded_accumulation:  # what the micro-batch before has launched: its buckets are filled anew
+            while self._pending:
+                self._finish_oldest()
         self._is_last = last
         super().begin_backward(last)
         if self._sharded_accumulation:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from dstrain.launcher.cli import app
 from dstrain.runtime.spec.document import Document, to_yaml
-from dstrain.runtime.spec.errors import ConfigError
+from dstrain.runtime.spec.errors import ConfigError, UsageError
 from dstrain.runtime.spec.load import load_job
 
 EXAMPLES = sorted(Path(__file__).parents[2].glob("examples/*.yaml"))
@@ -147,3 +147,23 @@ def test_plain_values_survive_the_way_through_yaml(values: Any) -> None:
     document.read(to_yaml(values))
     assert document.problems == []
     assert document.values == values
+
+
+# --- import-deepspeed ----------------------------------------------------------------------------------------
+
+
+def test_a_deepspeed_configuration_becomes_a_job() -> None:
+    Path("ds.json").write_text('{"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, "bf_16": 1}')
+    result = CliRunner().invoke(app, ["config", "import-deepspeed", "ds.json", "--ranks", "2", "-o", "job.yaml"])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "refused   bf_16: 1 (DeepSpeed has no such key; did you mean bf16, here precision?)\n" in result.stderr
+    assert result.stderr.endswith("4 keys: 0 honoured, 3 mapped, 1 refused (1 of them may change the training)\n")
+    job = load_job(Path("job.yaml"), for_trainer=False)
+    assert job.batch is not None
+    assert (job.batch.global_, job.batch.micro, job.zero.stage) == (8, 4, 2)
+    assert config("import-deepspeed", "ds.json", "--ranks", "2") == Path("job.yaml").read_text()
+
+    with pytest.raises(UsageError, match=r"--output: expected no file of that name, found job.yaml; .*--force"):
+        config("import-deepspeed", "ds.json", "-o", "job.yaml")
+    config("import-deepspeed", "ds.json", "-o", "job.yaml", "--force")
+    assert "batch" not in Path("job.yaml").read_text()

@@ -93,6 +93,9 @@ def root_cause(failures: Sequence[Failure], left_early: Sequence[tuple[int, str]
             rank,
             len(failures),
         )
+    if first.status > 0 and not first.stderr.strip():  # of ranks that fail alike only one speaks
+        alike = [other for other in failures if other.status == first.status and other.stderr.strip()]
+        first = min(alike, key=lambda failure: (failure.weight, failure.at_ns, failure.rank), default=first)
     victims = len(failures) - 1
     code = 127 if first.start_error else of_status(first.status)
     lines = traceback_of(first.stderr) or first.stderr.strip().splitlines()[-8:]

@@ -4,7 +4,8 @@
     torchrun … -m dstrain.runtime.trainer job.yaml [--set k=v …]  many ranks
     python -m dstrain.runtime.trainer job.yaml [--set k=v …]      one rank
 
-A user's error is one line on stderr and the exit code of its class; nothing else is caught.
+A user's error is one line on stderr and the exit code of its class, said once if all ranks have it; nothing else is
+caught.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dstrain.runtime.data.loader import Loader, to_device
 from dstrain.runtime.data.sampler import BatchLayout
 from dstrain.runtime.engine import Engine, JobSchedule, StepResult
 from dstrain.runtime.initialization import engine_config
+from dstrain.runtime.last_words import say
 from dstrain.runtime.lr_schedule import LRSchedule
 from dstrain.runtime.models.build import build_model, context_of, vocabulary_of
 from dstrain.runtime.models.language import generate
@@ -232,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _save_on_signals(trainer.engine)
             whole = trainer.train()
     except DstrainError as error:
-        sys.stderr.write(f"dstrain: {error}\n")  # at once, where print would let another rank's line in between
+        say(f"dstrain: {error}\n")
         return int(error.exit_code)
     return 0 if whole else int(ExitCode.TERMINATED)
 

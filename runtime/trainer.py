@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dstrain.runtime.activation_checkpointing import checkpoint_activations
 from dstrain.runtime.checkpoint.load import folder_of_job, resume_job
-from dstrain.runtime.checkpoint.save import save
+from dstrain.runtime.checkpoint.save import check_writable, save
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.data import open_data
 from dstrain.runtime.data.loader import Loader, to_device
@@ -87,8 +87,11 @@ class Trainer:
     def train(self) -> bool:
         """Train all steps, validating and saving in between and at the end, then show what was learnt.
 
-        Returns False when it was asked to end before; the state is saved then.
+        Returns False when it was asked to end before; the state is saved then. Raises CheckpointError before the first
+        step where checkpoints cannot be written.
         """
+        if self.checkpoints is not None:
+            check_writable(self.checkpoints, self.comm)
         loaded = resume_job(self.engine, self.job, fresh_only=True)
         if loaded is not None:
             self.report.resumed(loaded)

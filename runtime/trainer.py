@@ -32,6 +32,7 @@ from dstrain.runtime.data.data import open_data
 from dstrain.runtime.data.loader import Loader, to_device
 from dstrain.runtime.data.sampler import BatchLayout
 from dstrain.runtime.engine import Engine, JobSchedule, StepResult
+from dstrain.runtime.first_batch import explained
 from dstrain.runtime.initialization import engine_config
 from dstrain.runtime.last_words import say
 from dstrain.runtime.lr_schedule import LRSchedule
@@ -73,6 +74,9 @@ class Trainer:
         self.sequence_length = job.data.sequence_length or context_of(model, job.model)
         self.data = open_data(job.data, self.sequence_length, comm)
         _check_vocabulary(job, self.data.vocabulary, vocabulary_of(model, job.model))
+        if job.train.eval_every and self.data.validation is None:
+            fix = "let data.factory return a pair (training, validation), or leave the key out"
+            raise UsageError.mismatch("train.eval_every", "data to validate on", "none", fix)
         self.engine = Engine(
             model,
             comm,
@@ -83,6 +87,7 @@ class Trainer:
         self.task = task_of(self.data.training.batch(range(1)), job.train.loss)
         self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
         self.checkpoints = folder_of_job(job)
+        self.has_begun = False  # the model has taken a batch
 
     def train(self) -> bool:
         """Train all steps, validating and saving in between and at the end, then show what was learnt.
@@ -114,11 +119,14 @@ class Trainer:
         return True
 
     def train_step(self, loader: Loader) -> StepResult:
-        """One optimizer step over this rank's micro-batches. May raise NonFiniteError."""
+        """One optimizer step over this rank's micro-batches. May raise NonFiniteError; the first one UsageError."""
         begun = time.perf_counter()
         result = None
         while result is None:
-            loss, count = self.task.loss(self.engine, loader.next())
+            batch = loader.next()
+            with contextlib.nullcontext() if self.has_begun else explained(batch, self.comm.device):
+                loss, count = self.task.loss(self.engine, batch)
+            self.has_begun = True
             self.engine.backward(loss, count)
             result = self.engine.step()
         self.report.step(result, step_s=time.perf_counter() - begun, data_wait_s=loader.take_wait_s())

@@ -67,6 +67,13 @@ def test_memory_and_signals_are_named():
     assert "SIGSEGV" in root_cause([failure(0, -signal.SIGSEGV, 1)]).headline
 
 
+def test_our_own_line_stands_above_the_traceback():
+    assert root_cause([failure(0, 2, 1, f"noise\ndstrain: the first batch\n{OWN}")]).detail == (
+        f"dstrain: the first batch\n{OWN.strip()}"
+    )
+    assert root_cause([failure(0, 2, 1, f"dstrain: older\nnoise\n{OWN}")]).detail == OWN.strip()
+
+
 def test_traceback_has_what_it_was_raised_from_and_is_shortened():
     chain = f"noise\n{OWN}\nThe above exception was the direct cause of the following exception:\n\n{PEER}"
     assert traceback_of(f"an older one\n{OWN}\nbetween\n{chain}")[2:] == chain.strip().splitlines()[3:]

@@ -75,6 +75,26 @@ def test_one_process_and_ranks_train_alike(
         assert losses(events, "step", "lr") == losses(alone, "step", "lr")
 
 
+def test_compiled_and_recomputed_it_trains_alike(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler's own backend, in a process of its own; validation and averaged weights among it."""
+    job.write_text(job.read_text().replace("train: {", "train: {ema_decay: 0.5, "))
+    plain = train_with_events(job, tmp_path / "plain", monkeypatch)
+    both = ["--set", "train.compile=true", "--set", "train.activation_checkpointing=all"]
+    with (tmp_path / "compiled").open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "dstrain.runtime.trainer", str(job), *both],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DSTRAIN_EVENT_FD": str(file.fileno())},
+            pass_fds=[file.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr
+    compiled = events_of(tmp_path / "compiled")
+    for kind, field in (("step", "loss"), ("step", "grad_norm"), ("validation", "val_loss")):
+        assert losses(compiled, kind, field) == pytest.approx(losses(plain, kind, field), abs=1e-4)
+
+
 def test_under_torchrun(job: Path, tmp_path: Path) -> None:
     """Two ranks by torchrun; each opens its event descriptor itself, which torchrun would close."""
     events = tmp_path / "events"

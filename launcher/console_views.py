@@ -64,11 +64,16 @@ def show_result(report: Mapping[str, Any], run_path: str) -> None:
         console.print(Text(escape(f"  {line}")))
     victims = cause.get("victims", 0)
     if victims:
-        followed = "rank followed it" if victims == 1 else "ranks followed it"
-        console.print(Text(f"dstrain: {victims} other {followed} (lost their peer, or were ended)", "dim"))
+        console.print(Text(f"dstrain: {_followed(victims)}", "dim"))
     if cause["remedy"]:
         console.print(Text(escape(f"dstrain: {cause['remedy']}"), "yellow"))
     console.print(Text(f"dstrain: exit code {report['exit_code']}; logs in {run_path}", "dim"))
+
+
+def _followed(victims: int) -> str:
+    if victims == 1:
+        return "1 other rank followed it (failed alike, lost its peer, or was ended)"
+    return f"{victims} other ranks followed it (failed alike, lost their peer, or were ended)"
 
 
 def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:

@@ -93,9 +93,14 @@ def root_cause(failures: Sequence[Failure], left_early: Sequence[tuple[int, str]
             rank,
             len(failures),
         )
+    if first.status > 0 and not first.stderr.strip():  # of ranks that fail alike only one speaks
+        alike = [other for other in failures if other.status == first.status and other.stderr.strip()]
+        first = min(alike, key=lambda failure: (failure.weight, failure.at_ns, failure.rank), default=first)
     victims = len(failures) - 1
     code = 127 if first.start_error else of_status(first.status)
     lines = traceback_of(first.stderr) or first.stderr.strip().splitlines()[-8:]
+    if (line := _said_before_traceback(first.stderr)).startswith("dstrain: "):  # our own words for it
+        lines = [line, *lines]
     detail = first.start_error or "\n".join(lines)
     headline = f"rank {first.rank} on {first.host} {_what_happened(first)}"
     return Cause(code, "worker", headline, detail, _remedy(first), first.host, first.rank, victims)
@@ -129,14 +134,26 @@ def _remedy(failure: Failure) -> str:
 
 def traceback_of(stderr: str) -> list[str]:
     """The last traceback, with the exceptions that it was raised from, shortened in the middle."""
-    start = stderr.rfind(_TRACEBACK)
+    start = _traceback_start(stderr)
     if start < 0:
         return []
-    chained = re.compile(r"(The above exception was the direct cause|During handling of the above exception)")
-    while (before := stderr.rfind(_TRACEBACK, 0, start)) >= 0 and chained.search(stderr[before:start]):
-        start = before
     lines = stderr[start:].strip().splitlines()
     if len(lines) > TRACEBACK_LINES:
         half = TRACEBACK_LINES // 2
         lines = [*lines[:half], f"  … {len(lines) - 2 * half} lines …", *lines[-half:]]
     return lines
+
+
+def _said_before_traceback(stderr: str) -> str:
+    """The line above the last traceback."""
+    start = _traceback_start(stderr)
+    return stderr[:start].rstrip("\n").rpartition("\n")[2] if start > 0 else ""
+
+
+def _traceback_start(stderr: str) -> int:
+    """Where the last traceback begins, with what it was raised from; -1: there is none."""
+    start = stderr.rfind(_TRACEBACK)
+    chained = re.compile(r"(The above exception was the direct cause|During handling of the above exception)")
+    while (before := stderr.rfind(_TRACEBACK, 0, start)) >= 0 and chained.search(stderr[before:start]):
+        start = before
+    return start

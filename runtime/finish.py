@@ -81,7 +81,8 @@ def _clear_modules(names: list[str]) -> None:
 
 def _flush_files() -> None:
     """Every file that the rank has left open, text before bytes: the collector may end their layers in any order."""
-    files = [thing for thing in gc.get_objects() if isinstance(thing, (io.TextIOWrapper, io.BufferedWriter))]
+    kinds = (io.TextIOWrapper, io.BufferedWriter)
+    files = [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]  # `isinstance` asks a dead proxy
     for file in sorted(files, key=lambda thing: not isinstance(thing, io.TextIOWrapper)):
         with contextlib.suppress(OSError, ValueError):
             file.flush()

@@ -10,11 +10,16 @@ from dstrain.runtime.spec.training_config import LossScaleConfig
 _LARGEST = 2.0**127
 """The largest power of two in fp32."""
 
+FIXED_PATIENCE = 10
+"""Overflows in a row that a fixed scale bears: a skipped step leaves the weights as they are, so that only other
+samples could help."""
+
 
 class LossScaler:
     """Decides the scale of each step. Pure: the caller multiplies, divides, skips a step that overflowed, and tells.
 
-    The scale is `loss_scale.value` for ever, or, if there is none, adapts:
+    The scale is `loss_scale.value` for ever, and `FIXED_PATIENCE` overflows in a row end the job; or, if there is none,
+    it adapts:
 
     - it begins at 2^initial_power;
     - `window` steps in a row without overflow double it and refill the hysteresis;
@@ -39,14 +44,16 @@ class LossScaler:
             expected = f"at most the first scale, 2^{config.initial_power} = {self.value:.15g}"
             raise UsageError.mismatch("precision.loss_scale.minimum", expected, f"{config.minimum:.15g}")
         self._good_steps = 0  # in a row
+        self._overflows = 0  # in a row, of a fixed scale
         self._hysteresis = config.hysteresis
 
     def update(self, overflowed: bool) -> None:
         """Learn from a step whether any gradient, of any rank, was not finite.
 
-        Raises NonFiniteError when the scale would have to fall below its minimum.
+        Raises NonFiniteError when the scale would have to fall below its minimum, or is fixed and too high.
         """
         if not self._adapts:
+            self._bear_while_fixed(overflowed)
             return
         if overflowed:
             self._good_steps = 0
@@ -67,6 +74,15 @@ class LossScaler:
         if self._adapts:
             self.value = max(state["value"], self._config.minimum)
             self._good_steps, self._hysteresis = state["good_steps"], state["hysteresis"]
+
+    def _bear_while_fixed(self, overflowed: bool) -> None:
+        self._overflows = self._overflows + 1 if overflowed else 0
+        if self.enabled and self._overflows == FIXED_PATIENCE:
+            raise NonFiniteError(
+                f"precision.loss_scale.value: expected a scale at which gradients are finite, found {FIXED_PATIENCE} "
+                f"steps in a row that overflow at {self.value:.15g}; write a smaller value, or leave the key out: then "
+                "the scale adapts"
+            )
 
     def _bear_or_halve(self) -> None:
         if self._hysteresis > 1:

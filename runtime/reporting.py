@@ -129,7 +129,8 @@ class Reporter:
         elapsed_s = time.perf_counter() - self._began
         steps = self._engine.global_step - self._first_step
         self._events.emit("end", step=self._steps, val_loss=val_loss, tokens=self._counted, elapsed_s=elapsed_s)
-        nats = " nats per byte" if self._unit == "tokens" and self._job.data.format == "bytes" else ""
+        data = self._job.data
+        nats = " nats per byte" if self._unit == "tokens" and data.format == "bytes" and not data.factory else ""
         loss = f", validation loss {val_loss:.4f}{nats}" if val_loss is not None else ""
         count = f"{progress.thousands(self._counted)} {self._unit}"
         rate = progress.thousands(self._counted / elapsed_s) if steps else "0"

@@ -48,7 +48,11 @@ class SampleTask:
             output = forward(**batch) if isinstance(batch, Mapping) else forward(*_parts(batch))
             return _own_loss(output), _samples(batch)
         *inputs, target = _parts(batch)
-        return self._loss(forward(*inputs), target), len(target)
+        loss = self._loss(forward(*inputs), target)
+        if not isinstance(loss, Tensor) or loss.dim():
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise UsageError.mismatch("train.loss", "a scalar tensor, the mean over the samples", found)
+        return loss, len(target)
 
 
 def task_of(batch: Any, loss: str | None) -> Task:

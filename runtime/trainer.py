@@ -4,7 +4,8 @@
     torchrun … -m dstrain.runtime.trainer job.yaml [--set k=v …]  many ranks
     python -m dstrain.runtime.trainer job.yaml [--set k=v …]      one rank
 
-A user's error is one line on stderr and the exit code of its class; nothing else is caught.
+A user's error is one line on stderr and the exit code of its class, said once if all ranks have it; nothing else is
+caught.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from torch import Tensor
 
 from dstrain.runtime.activation_checkpointing import checkpoint_activations
 from dstrain.runtime.checkpoint.load import folder_of_job, resume_job
-from dstrain.runtime.checkpoint.save import save
+from dstrain.runtime.checkpoint.save import check_writable, save
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.data import open_data
 from dstrain.runtime.data.loader import Loader, to_device
 from dstrain.runtime.data.sampler import BatchLayout
 from dstrain.runtime.engine import Engine, JobSchedule, StepResult
+from dstrain.runtime.first_batch import explained
 from dstrain.runtime.initialization import engine_config
+from dstrain.runtime.last_words import say
 from dstrain.runtime.lr_schedule import LRSchedule
 from dstrain.runtime.models.build import build_model, context_of, vocabulary_of
 from dstrain.runtime.models.language import generate
@@ -78,6 +81,9 @@ class Trainer:
         self.sequence_length = job.data.sequence_length or context_of(model, job.model)
         self.data = open_data(job.data, self.sequence_length, comm)
         _check_vocabulary(job, self.data.vocabulary, vocabulary_of(model, job.model))
+        if job.train.eval_every and self.data.validation is None:
+            fix = "let data.factory return a pair (training, validation), or leave the key out"
+            raise UsageError.mismatch("train.eval_every", "data to validate on", "none", fix)
         self.engine = Engine(
             model,
             comm,
@@ -89,12 +95,16 @@ class Trainer:
         self.task = task_of(self.data.training.batch(range(1)), job.train.loss)
         self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
         self.checkpoints = folder_of_job(job)
+        self.has_begun = False  # the model has taken a batch
 
     def train(self) -> bool:
         """Train all steps, validating and saving in between and at the end, then show what was learnt.
 
-        Returns False when it was asked to end before; the state is saved then.
+        Returns False when it was asked to end before; the state is saved then. Raises CheckpointError before the first
+        step where checkpoints cannot be written.
         """
+        if self.checkpoints is not None:
+            check_writable(self.checkpoints, self.comm)
         loaded = resume_job(self.engine, self.job, fresh_only=True)
         if loaded is not None:
             self.report.resumed(loaded)
@@ -117,11 +127,14 @@ class Trainer:
         return True
 
     def train_step(self, loader: Loader) -> StepResult:
-        """One optimizer step over this rank's micro-batches. May raise NonFiniteError."""
+        """One optimizer step over this rank's micro-batches. May raise NonFiniteError; the first one UsageError."""
         begun = time.perf_counter()
         result = None
         while result is None:
-            loss, count = self.task.loss(self.engine, loader.next())
+            batch = loader.next()
+            with contextlib.nullcontext() if self.has_begun else explained(batch, self.comm.device):
+                loss, count = self.task.loss(self.engine, batch)
+            self.has_begun = True
             self.engine.backward(loss, count)
             result = self.engine.step()
         self.report.step(result, step_s=time.perf_counter() - begun, data_wait_s=loader.take_wait_s())
@@ -244,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _save_on_signals(trainer.engine)
             whole = trainer.train()
     except DstrainError as error:
-        sys.stderr.write(f"dstrain: {error}\n")  # at once, where print would let another rank's line in between
+        say(f"dstrain: {error}\n")
         return int(error.exit_code)
     return 0 if whole else int(ExitCode.TERMINATED)
 

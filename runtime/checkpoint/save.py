@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dstrain.runtime.checkpoint.manifest import FILE_NAME, NAMES, Manifest, Piece, TensorEntry, folder_of, steps_in
 from dstrain.runtime.checkpoint.state import Stored, capture, capture_model, capture_rng
+from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.agreement import together
 from dstrain.runtime.engine import Engine
 from dstrain.runtime.spec.errors import CheckpointError
@@ -90,6 +91,26 @@ def _problem(work: Callable[[], object], target: Path) -> str:
     except Exception as error:  # or the others would wait for us in their next collective
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def check_writable(root: Path, comm: Communicator) -> None:
+    """Try, on rank 0, what a save begins with; all ranks call it. One small collective of objects.
+
+    Makes `root`. Raises CheckpointError on all ranks: better before the first step than at the first save.
+    """
+    problem = ""
+    if comm.rank == 0:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            trial = root / f"{folder_of(root, 0).name}.tmp-{secrets.token_hex(4)}"
+            trial.mkdir()
+            trial.rmdir()
+        except OSError as error:
+            problem = f"{error.strerror or error}: {root}"
+    problem = comm.all_gather_object(problem)[0]
+    if problem:
+        fix = "nothing was trained; give another checkpoint.dir"
+        raise CheckpointError(f"checkpoint.dir: expected a folder that can be written, found {problem}; {fix}")
 
 
 def _retire(root: Path, step: int, keep_last: int | None) -> None:

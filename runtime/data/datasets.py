@@ -73,8 +73,7 @@ class NumberedSamples:
             yield self._collated([last * number // max(1, count - 1) for number in share])
 
     def _collated(self, numbers: Sequence[int]) -> Batch:
-        collated: Batch = default_collate([self._dataset[number] for number in numbers])
-        return collated
+        return _collated([self._dataset[number] for number in numbers])
 
 
 class StreamedSamples:
@@ -91,14 +90,13 @@ class StreamedSamples:
 
     def batch(self, samples: Sequence[int]) -> Batch:
         """See Samples; `samples` rise. Raises UsageError where the iterable is empty."""
-        collated: Batch = default_collate([self._sample(number) for number in samples])
-        return collated
+        return _collated([self._sample(number) for number in samples])
 
     def batches(self, count: int, rank: int, ranks: int, micro: int) -> Iterator[Batch]:
         """See Validation; the first `count` samples, in place of evenly spaced ones."""
         mine = islice(self._start(), rank, count, ranks)
         while some := list(islice(mine, micro)):
-            yield default_collate(some)
+            yield _collated(some)
 
     def _sample(self, number: int) -> Any:
         if self._position is None or self._position > number:
@@ -147,6 +145,17 @@ def _samples(made: object, again: Callable[[], Iterable[Any]], config: DataConfi
     raise UsageError.mismatch(
         KEY, "a Dataset with a length, an iterable, or a pair of them", f"{type(made).__name__} from {config.factory}"
     )
+
+
+def _collated(samples: list[Any]) -> Batch:
+    """One batch of them. Raises UsageError where they do not go together."""
+    try:
+        collated: Batch = default_collate(samples)
+    except (TypeError, RuntimeError, KeyError, IndexError) as error:
+        expected = "samples of tensors, arrays or numbers, of one shape, that torch's default_collate puts together"
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError.mismatch(KEY, expected, found) from error
+    return collated
 
 
 def _length(samples: NumberedSamples | StreamedSamples) -> int | None:

@@ -27,6 +27,19 @@ from dstrain.runtime.spec.training_config import (
     ZeroConfig,
 )
 
+_USERS = {"betas": ("adamw", "adam", "muon"), "eps": ("adamw", "adam", "muon"), "momentum": ("sgd", "muon")}
+"""Which optimizers use a key."""
+
+_SHAPES = {
+    "minimum_ratio": ("cosine", "linear", "one_cycle", "plateau"),
+    "factor": ("step", "plateau"),
+    "patience": ("plateau",),
+    "threshold": ("plateau",),
+    "peak_fraction": ("one_cycle",),
+    "start_ratio": ("one_cycle",),
+}
+"""Which schedules use a key."""
+
 
 class RunConfig(Section):
     """Where and how the workers start; the launcher reads it, the runtime does not."""
@@ -98,12 +111,28 @@ def what_a_trainer_lacks(job: JobConfig) -> Iterator[Contradiction]:
         yield Contradiction(("batch",), "a section with global and micro", "none")
     if job.train.steps is None:
         yield Contradiction(("train", "steps"), "a value", "none")
+    if job.schedule.name == "plateau" and job.train.eval_every is None:
+        expected = "steps between validations, whose loss schedule.name: plateau looks at"
+        yield Contradiction(("train", "eval_every"), expected, "none")
+
+
+def _differs(section: Section, *names: str) -> Iterator[tuple[str, str]]:
+    """(key, value) of the keys among `names` that differ from their defaults.
+
+    Not `model_fields_set`: a job that was resolved, or printed by `dstrain config show`, has every key.
+    """
+    for name in names:
+        value, field = getattr(section, name), type(section).model_fields[name]
+        if value != field.get_default(call_default_factory=True):
+            yield name, str(list(value) if isinstance(value, tuple) else value)
 
 
 def _contradictions(job: JobConfig) -> Iterator[Contradiction]:
     yield from _of_model(job)
     yield from _of_data(job)
     yield from _of_training(job)
+    yield from _of_optimizer(job)
+    yield from _of_schedule(job)
     yield from _of_sharding(job)
     if job.run.hostfile is not None and job.run.hosts is not None:
         yield Contradiction(("run", "hosts"), "no such key beside run.hostfile", repr(job.run.hosts))
@@ -139,38 +168,60 @@ def _of_model(job: JobConfig) -> Iterator[Contradiction]:
 
 
 def _of_data(job: JobConfig) -> Iterator[Contradiction]:
-    data, batch = job.data, job.batch
+    data = job.data
     given = [name for name in ("path", "sources", "factory") if getattr(data, name)]
     if len(given) > 1:
         yield Contradiction(("data", given[-1]), f"no such key beside data.{given[0]}", "both")
     if data.args and data.factory is None:
         yield Contradiction(("data", "args"), "no such key without data.factory", str(data.args))
-    if (data.format == "text") != (data.tokenizer is not None) and data.factory is None:
+    if data.factory is not None:
+        corpus = ("format", "tokenizer", "token_type", "validation_fraction", "validation_path", "cache")
+        for key, found in _differs(data, *corpus):
+            yield Contradiction(("data", key), "no such key beside data.factory", found)
+        return
+    if data.validation_path is not None:
+        for key, found in _differs(data, "validation_fraction"):
+            yield Contradiction(("data", key), "no such key beside data.validation_path", found)
+    if data.format != "tokens":
+        for key, found in _differs(data, "token_type"):
+            yield Contradiction(("data", key), f"no such key with format: {data.format}", found)
+    if (data.format == "text") != (data.tokenizer is not None):
         expected = "a tokenizer.json for data.format text" if data.format == "text" else "none without format: text"
         yield Contradiction(("data", "tokenizer"), expected, str(data.tokenizer or "none"))
     if data.format != "bytes" and not given:
         yield Contradiction(("data", "path"), f"a file or folder for data.format {data.format}", "none")
-    if batch is not None and batch.global_ % batch.micro:
-        yield Contradiction(("batch", "global"), f"a multiple of batch.micro = {batch.micro}", str(batch.global_))
 
 
 def _of_training(job: JobConfig) -> Iterator[Contradiction]:
-    schedule, precision, optimizer = job.schedule, job.precision, job.optimizer
-    if schedule.name in ("constant", "step") and schedule.minimum_ratio is not None:
-        found = str(schedule.minimum_ratio)
-        yield Contradiction(("schedule", "minimum_ratio"), f"no such key with name: {schedule.name}", found)
+    batch, precision = job.batch, job.precision
+    if batch is not None and batch.global_ % batch.micro:
+        yield Contradiction(("batch", "global"), f"a multiple of batch.micro = {batch.micro}", str(batch.global_))
+    if precision.autocast and precision.dtype == "fp32":
+        yield Contradiction(("precision", "dtype"), "bf16 or fp16 for precision.autocast", "fp32")
+    if len(set(job.log.trackers)) < len(job.log.trackers):
+        yield Contradiction(("log", "trackers"), "each tracker once", ", ".join(job.log.trackers))
+
+
+def _of_optimizer(job: JobConfig) -> Iterator[Contradiction]:
+    optimizer = job.optimizer
+    if optimizer.factory is not None:
+        for key, found in _differs(optimizer, "name", "betas", "eps", "momentum"):
+            fix = "" if key == "name" else "; its own arguments stand in optimizer.args"
+            yield Contradiction(("optimizer", key), "no such key beside optimizer.factory", found + fix)
+        return
+    for key, found in _differs(optimizer, *(key for key, users in _USERS.items() if optimizer.name not in users)):
+        yield Contradiction(("optimizer", key), f"no such key with name: {optimizer.name}", found)
+
+
+def _of_schedule(job: JobConfig) -> Iterator[Contradiction]:
+    schedule = job.schedule
     if (schedule.name == "step") != (schedule.every is not None):
         expected = "a number of steps for name: step" if schedule.name == "step" else f"none for name: {schedule.name}"
         yield Contradiction(("schedule", "every"), expected, str(schedule.every or "none"))
     if schedule.name == "one_cycle" and schedule.warmup_steps:
         yield Contradiction(("schedule", "warmup_steps"), "0: one_cycle has its own rise", str(schedule.warmup_steps))
-    if precision.autocast and precision.dtype == "fp32":
-        yield Contradiction(("precision", "dtype"), "bf16 or fp16 for precision.autocast", "fp32")
-    if optimizer.momentum is not None and optimizer.name not in ("sgd", "muon"):
-        found = str(optimizer.momentum)
-        yield Contradiction(("optimizer", "momentum"), f"no such key with name: {optimizer.name}", found)
-    if len(set(job.log.trackers)) < len(job.log.trackers):
-        yield Contradiction(("log", "trackers"), "each tracker once", ", ".join(job.log.trackers))
+    for key, found in _differs(schedule, *(key for key, users in _SHAPES.items() if schedule.name not in users)):
+        yield Contradiction(("schedule", key), f"no such key with name: {schedule.name}", found)
 
 
 def _of_sharding(job: JobConfig) -> Iterator[Contradiction]:

@@ -80,7 +80,9 @@ class ParallelConfig(Section):
 class LossScaleConfig(Section):
     """Scaling of an fp16 loss, so that small gradients do not vanish (Micikevicius et al. 2018)."""
 
-    value: Positive | None = Field(default=None, description="A fixed scale; by default it adapts.")
+    value: Positive | None = Field(
+        default=None, description="A fixed scale; by default it adapts. Ten overflows in a row end the job."
+    )
     initial_power: NonNegativeCount = Field(
         default=16, le=127, description="The first scale is 2 to this power; at most fp32's largest."
     )

@@ -36,6 +36,9 @@ def failure(rank: int, status: int, at: int, stderr: str = "", **more: object) -
         ([failure(0, 1, 1, PEER), failure(1, 1, 5, OWN)], 1),  # its own doing, though later
         ([failure(0, 1, 1, PEER), failure(1, -signal.SIGKILL, 5)], 1),  # a signal, though later
         ([failure(0, 1, 7, PEER), failure(1, 1, 5, PEER)], 1),  # nobody knows: the first
+        ([failure(1, 2, 1), failure(0, 2, 5, "dstrain: wrong\n")], 0),  # failed alike, and says why
+        ([failure(1, 3, 1), failure(0, 2, 5, "dstrain: wrong\n")], 1),  # failed otherwise, in silence
+        ([failure(1, -signal.SIGKILL, 1), failure(0, -signal.SIGKILL, 5, "words")], 1),  # nobody says why it was killed
         ([failure(0, -signal.SIGABRT, 1, "Watchdog caught collective operation timeout"), failure(1, 3, 9)], 1),
         ([failure(0, 1, 1, "torch.distributed.DistStoreError: Timed out after 61 seconds"), failure(1, 9, 2)], 1),
     ],
@@ -62,6 +65,13 @@ def test_memory_and_signals_are_named():
     assert "out of memory" in cause.headline
     assert cause.code == 137
     assert "SIGSEGV" in root_cause([failure(0, -signal.SIGSEGV, 1)]).headline
+
+
+def test_our_own_line_stands_above_the_traceback():
+    assert root_cause([failure(0, 2, 1, f"noise\ndstrain: the first batch\n{OWN}")]).detail == (
+        f"dstrain: the first batch\n{OWN.strip()}"
+    )
+    assert root_cause([failure(0, 2, 1, f"dstrain: older\nnoise\n{OWN}")]).detail == OWN.strip()
 
 
 def test_traceback_has_what_it_was_raised_from_and_is_shortened():

@@ -283,7 +283,7 @@ def test_children_by_fork_and_spawn(start, script):
 
 
 LAST_WORDS = """
-import atexit, multiprocessing, os, sys, threading
+import atexit, multiprocessing, os, sys, threading, weakref
 
 released = threading.Event()
 
@@ -294,6 +294,7 @@ class Last:
 
 
 kept = Last()
+proxy = weakref.proxy(threading.Event())  # of what has gone: torch.compile leaves such ones
 handle = open(sys.argv[1] + os.environ["RANK"], "w")
 handle.write("never closed")
 atexit.register(lambda: print("atexit"))

@@ -342,6 +342,32 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(small_disk: Path) -> None
     assert read_newest(small_disk)[0].step == 1
 
 
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_step(
+    run_ranks: RunRanks, job: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    arguments = [str(job), "--set", f"checkpoint.dir={in_the_way / 'checkpoints'}"]
+    assert run_ranks(2, lambda rank: trainer.main(arguments)) == [204, 204]
+    said = capfd.readouterr()
+    assert "step " not in said.out
+    assert said.err == (
+        "dstrain: checkpoint.dir: expected a folder that can be written, found Not a directory: "
+        f"{in_the_way / 'checkpoints'}; nothing was trained; give another checkpoint.dir\n"
+    )
+
+
+@pytest.mark.lab
+def test_a_read_only_disk_is_noticed_before_the_first_step(
+    job: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert trainer.main([str(job), "--set", f"checkpoint.dir={small_disk}"]) == 204
+    said = capfd.readouterr()
+    assert "Read-only file system" in said.err
+    assert "step " not in said.out
+
+
 def test_only_the_newest_are_kept_and_torsos_are_swept(job: Path, tmp_path: Path) -> None:
     (tmp_path / "saved" / "step-3.tmp-dead").mkdir(parents=True)
     train(job, tmp_path / "events", "--set", "checkpoint.keep_last=2")

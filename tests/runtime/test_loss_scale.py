@@ -89,6 +89,18 @@ def test_a_fixed_scale_and_none_never_change() -> None:
     assert scales(LossScaler(LossScaleConfig(window=1, hysteresis=1), enabled=False), ".!!.") == [1] * 4
 
 
+def test_a_fixed_scale_that_is_too_high_ends_the_job() -> None:
+    scaler = LossScaler(LossScaleConfig(value=2.0**20), enabled=True)
+    assert scales(scaler, "!!!!!!!!!.!!!!!!!!!") == [2.0**20] * 19, "nine in a row are borne"
+    with pytest.raises(NonFiniteError) as error:
+        scaler.update(True)
+    assert str(error.value) == (
+        "precision.loss_scale.value: expected a scale at which gradients are finite, found 10 steps in a row that "
+        "overflow at 1048576; write a smaller value, or leave the key out: then the scale adapts"
+    )
+    assert scales(LossScaler(LossScaleConfig(value=2.0**20), enabled=False), "!" * 20) == [1] * 20
+
+
 def test_it_goes_on_from_its_state() -> None:
     first, second = LossScaler(SMALL, enabled=True), LossScaler(SMALL, enabled=True)
     scales(first, "!...!..")

@@ -75,6 +75,26 @@ def test_one_process_and_ranks_train_alike(
         assert losses(events, "step", "lr") == losses(alone, "step", "lr")
 
 
+def test_compiled_and_recomputed_it_trains_alike(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiler's own backend, in a process of its own; validation and averaged weights among it."""
+    job.write_text(job.read_text().replace("train: {", "train: {ema_decay: 0.5, "))
+    plain = train_with_events(job, tmp_path / "plain", monkeypatch)
+    both = ["--set", "train.compile=true", "--set", "train.activation_checkpointing=all"]
+    with (tmp_path / "compiled").open("wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "dstrain.runtime.trainer", str(job), *both],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "DSTRAIN_EVENT_FD": str(file.fileno())},
+            pass_fds=[file.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    assert done.returncode == 0, done.stderr
+    compiled = events_of(tmp_path / "compiled")
+    for kind, field in (("step", "loss"), ("step", "grad_norm"), ("validation", "val_loss")):
+        assert losses(compiled, kind, field) == pytest.approx(losses(plain, kind, field), abs=1e-4)
+
+
 def test_under_torchrun(job: Path, tmp_path: Path) -> None:
     """Two ranks by torchrun; each opens its event descriptor itself, which torchrun would close."""
     events = tmp_path / "events"
@@ -169,12 +189,38 @@ def test_a_batch_that_does_not_divide_names_every_factor(
 ) -> None:
     assert run_ranks(4, lambda rank: trainer.main([str(job)])) == [2, 2, 2, 2]
     wanted = "expected a multiple of batch.micro × data ranks = 2 × 4 = 8, found 12; the nearest is 16"
-    assert capfd.readouterr().err.splitlines() == [f"dstrain: batch.global: {wanted}"] * 4
+    assert capfd.readouterr().err.splitlines() == [f"dstrain: batch.global: {wanted}"], "said once"
+
+
+def test_an_error_before_the_ranks_have_met_is_said_once(
+    run_ranks: RunRanks, job: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_ranks(3, lambda rank: trainer.main([str(job), "--set", "train.stepz=3"])) == [2, 2, 2]
+    assert capfd.readouterr().err.count("train.stepz: expected one of") == 1
+
+
+@pytest.mark.parametrize("wrong", [{1: "zero.stage=9"}, {0: "zero.stage=8", 1: "zero.stage=9", 2: "zero.stage=9"}])
+def test_what_only_one_rank_has_to_say_is_never_lost(
+    run_ranks: RunRanks, job: Path, capfd: pytest.CaptureFixture[str], wrong: dict[int, str]
+) -> None:
+    run_ranks(3, lambda rank: rank in wrong and trainer.main([str(job), "--set", wrong[rank]]))
+    said = [line.partition(" zero.stage:")[0] for line in capfd.readouterr().err.splitlines()]
+    assert sorted(said) == sorted(f"dstrain: --set {override}:" for override in wrong.values())
+
+
+def test_a_fixed_loss_scale_that_is_too_high_stops_all_ranks(
+    run_ranks: RunRanks, job: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(job), "--set", "precision={dtype: fp16, loss_scale: {value: 1e30}}", "--set", "train.steps=50"]
+    assert run_ranks(2, lambda rank: trainer.main(arguments)) == [206, 206]
+    said = capfd.readouterr()
+    assert "precision.loss_scale.value: expected a scale at which gradients are finite, found 10 steps" in said.err
+    assert "step  8/50" in said.out
+    assert "step 10/50" not in said.out
 
 
 def test_divergence_stops_all_ranks_with_206(run_ranks: RunRanks, job: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = [str(job), "--set", "optimizer.lr=1e38", "--set", "train.clip=null", "--set", "train.steps=50"]
     assert run_ranks(2, lambda rank: trainer.main(arguments)) == [206, 206]
-    first, second = capfd.readouterr().err.splitlines()
-    assert first == second
-    assert re.match(r"dstrain: step \d+: expected a finite (loss|gradient), found ", first)
+    (said,) = capfd.readouterr().err.splitlines()
+    assert re.match(r"dstrain: step \d+: expected a finite (loss|gradient), found ", said)

@@ -10,7 +10,7 @@ import pytest
 
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import ConfigError
-from dstrain.runtime.spec.load import load_job
+from dstrain.runtime.spec.load import load_job, load_resolved
 from dstrain.runtime.spec.model_config import GPTConfig
 from dstrain.runtime.spec.section import Section
 from dstrain.runtime.spec.training_config import (
@@ -321,6 +321,59 @@ def test_every_key_says_what_it_expects(write: Path, override: str, messages: li
         ),
         ("precision.autocast=true", "precision.dtype: expected bf16 or fp16 for precision.autocast, found fp32"),
         ("optimizer.momentum=0.9", "optimizer.momentum: expected no such key with name: adamw, found 0.9"),
+        (
+            "optimizer={name: sgd, betas: [0.9, 0.99]}",
+            "optimizer.betas: expected no such key with name: sgd, found [0.9, 0.99]",
+        ),
+        (
+            "optimizer={name: adafactor, eps: 1e-6}",
+            "optimizer.eps: expected no such key with name: adafactor, found 1e-06",
+        ),
+        (
+            "optimizer={factory: 'a:b', momentum: 0.9}",
+            "optimizer.momentum: expected no such key beside optimizer.factory, found 0.9; its own arguments stand in "
+            "optimizer.args",
+        ),
+        (
+            "optimizer={factory: 'a:b', betas: [0.5, 0.5]}",
+            "optimizer.betas: expected no such key beside optimizer.factory, found [0.5, 0.5]; its own arguments stand "
+            "in optimizer.args",
+        ),
+        (
+            "optimizer={factory: 'a:b', name: sgd}",
+            "optimizer.name: expected no such key beside optimizer.factory, found sgd",
+        ),
+        (
+            "schedule.name=plateau",
+            "train.eval_every: expected steps between validations, whose loss schedule.name: plateau looks at, "
+            "found none",
+        ),
+        ("schedule.patience=5", "schedule.patience: expected no such key with name: cosine, found 5"),
+        ("schedule={name: linear, factor: 0.5}", "schedule.factor: expected no such key with name: linear, found 0.5"),
+        (
+            "schedule={name: constant, start_ratio: 0}",
+            "schedule.start_ratio: expected no such key with name: constant, found 0.0",
+        ),
+        (
+            "data={factory: 'a:b', validation_path: c}",
+            "data.validation_path: expected no such key beside data.factory, found c",
+        ),
+        (
+            "data={factory: 'a:b', validation_fraction: 0.1}",
+            "data.validation_fraction: expected no such key beside data.factory, found 0.1",
+        ),
+        (
+            "data={factory: 'a:b', format: tokens}",
+            "data.format: expected no such key beside data.factory, found tokens",
+        ),
+        (
+            "data={path: a, validation_path: c, validation_fraction: 0.1}",
+            "data.validation_fraction: expected no such key beside data.validation_path, found 0.1",
+        ),
+        (
+            "data={path: a, token_type: uint32}",
+            "data.token_type: expected no such key with format: bytes, found uint32",
+        ),
         ("log.trackers=[wandb, wandb]", "log.trackers: expected each tracker once, found wandb, wandb"),
         ("run={hosts: a, hostfile: b}", "run.hosts: expected no such key beside run.hostfile, found 'a'"),
         ("model=null", "model: expected a section with gpt, hf or factory, found none"),
@@ -332,3 +385,26 @@ def test_every_contradiction(write: Path, override: str, message: str) -> None:
     """Told at the key to change, which may be one that the file has."""
     (found,) = mistakes(write, GOOD, override)
     assert re.fullmatch(rf"(--set {re.escape(override)}|job\.yaml:\d+:\d+): {re.escape(message)}", found), found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer.name=sgd"],
+        ["optimizer.name=adafactor"],
+        ["optimizer={factory: 'a:b', args: {betas: [0.5, 0.5]}}"],
+        ["data={factory: 'a:b', seed: 3}"],
+        ["schedule.name=plateau", "train.eval_every=2"],
+    ],
+)
+def test_defaults_contradict_nothing_even_written_out(write: Path, overrides: list[str]) -> None:
+    """A resolved job, and one that `dstrain config show` has printed, have every key."""
+    job = load(write, GOOD, *overrides)
+    resolved = write.with_name("job.json")
+    resolved.write_text(job.model_dump_json(by_alias=True))
+    assert load_resolved(resolved) == load_job(resolved) == job
+
+
+def test_a_script_tells_plateau_its_losses_itself(write: Path) -> None:
+    write.write_text(GOOD + "schedule: {name: plateau}\n")
+    assert load_job(write, for_trainer=False).schedule.name == "plateau"

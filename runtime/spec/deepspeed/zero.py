@@ -99,6 +99,9 @@ def _device(value: Any, what: str, stage: int, note: str = "") -> Verdict:
             return honoured("nothing is offloaded")
         case "cpu" if stage < least:
             return refused(f"needs zero.stage {'3' if least == 3 else '1 to 3'}, found {stage}, in DeepSpeed too")
+        case "cpu" if what == "parameters":
+            note = ", ".join(filter(None, [note, "the optimizer too, which moves them where they are"]))
+            return mapped({"zero.offload.parameters": True, "zero.offload.optimizer": True}, note)
         case "cpu":
             return mapped({f"zero.offload.{what}": True}, note)
         case "nvme":
@@ -169,7 +172,6 @@ _ANY_STAGE: Rules = {
         "no second copy of the shards",
         "write parallel.data_shard: it keeps all of a group's state inside the group",
     ),
-    "mics_shard_size": Rule("parallel.data_shard", _mics),
     "mics_hierarchical_params_gather": never("zero.comm", "zero.comm chooses how to gather", harmless=True),
     "zero_quantized_weights": never("precision.dtype", "weights travel in the dtype of the model"),
     "zero_quantized_nontrainable_weights": never("precision.dtype", "frozen weights keep their dtype"),
@@ -187,6 +189,7 @@ _ANY_STAGE: Rules = {
 }
 
 _STAGE_3: Rules = {
+    "mics_shard_size": Rule("parallel.data_shard", _mics),
     "stage3_prefetch_bucket_size": own_way(
         "nothing", "the next unit is gathered while one computes, whatever its size"
     ),

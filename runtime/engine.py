@@ -268,6 +268,7 @@ class Engine:
             "loss_scale": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average_updates": self.average.updates if self.average else 0,
+            "layout": self.weights.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -278,6 +279,7 @@ class Engine:
         self.gradients.begin_step()
         self.scaler.load_state_dict(state["loss_scale"])
         self.schedule.load_state_dict(state["schedule"])
+        self.weights.load_state_dict(state.get("layout", {}))
 
     @torch.no_grad()
     def share_buffers(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dstrain.runtime.activation_checkpointing import checkpoint_activations
@@ -24,13 +24,14 @@ from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.load import job_of, load_job, load_resolved
+from dstrain.runtime.zero.deferred import build_deferred
 
 UsersOptimizer = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 UsersScheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
 
 
 def initialize(
-    model: nn.Module,
+    model: nn.Module | Callable[[], nn.Module],
     config: str | Path | Mapping[str, Any] | JobConfig | None = None,
     optimizer: UsersOptimizer | None = None,
     lr_scheduler: UsersScheduler | None = None,
@@ -38,6 +39,8 @@ def initialize(
 ) -> Engine:
     """An engine that trains `model` on all ranks of this job: under dstrain, under torchrun, or in one plain process.
 
+    model: or what makes it. At zero.stage 3 that is called so that large parameters take no memory until they are
+        sharded, one by one: the way to train a model that does not fit.
     config: a job.yaml, its keys as a mapping, or nothing: the launched job's (`dstrain run -c job.yaml script.py`),
         else defaults.
     optimizer: an instance over the model's parameters, or what makes one of them; by default `optimizer` of config.
@@ -52,6 +55,14 @@ def initialize(
     """
     job = _job(config)
     comm = communicator()
+    fill: Callable[[Tensor], object] = is_full
+    if not isinstance(model, nn.Module):
+        make = model
+        if job.zero.stage == 3:
+            model, deferred = build_deferred(lambda _: make())
+            fill = deferred.fill
+        else:
+            model = make()
     accumulation = job.batch.accumulation(comm.world_size) if job.batch else 1
     if job.train.activation_checkpointing is not None:
         checkpoint_activations(model, job.train.activation_checkpointing)
@@ -63,6 +74,7 @@ def initialize(
         engine_config(job, accumulation),
         _optimizer(optimizer, job, model),
         _schedule(lr_scheduler, job, own_optimizer=optimizer is not None),
+        fill,
     )
     if training_data is not None:
         if job.batch is None:
@@ -70,6 +82,10 @@ def initialize(
         engine.dataloader = EpochLoader(training_data, job, comm, lambda: (engine.global_step, engine.micro_step))
     resume_job(engine, job, fresh_only=False)
     return engine
+
+
+def is_full(parameter: Tensor) -> None:
+    """A parameter has its numbers already: nothing fills it."""
 
 
 def engine_config(job: JobConfig, accumulation: int) -> EngineConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -90,6 +90,17 @@ class MasterWeights:
     def in_backward(self) -> AbstractContextManager[None]:
         """Around each backward."""
         return nullcontext()
+
+    def describe(self) -> str:
+        """One line for people on how the state is spread; "" where it is not."""
+        return ""
+
+    def state_dict(self) -> dict[str, str]:
+        """What was chosen at the start, and must be chosen alike to go on bitwise."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Go on as was chosen."""
 
     def at_step_end(self) -> AbstractContextManager[None]:
         """Around the collectives that end a step."""

@@ -62,6 +62,8 @@ class Reporter:
             f"{'rank' if self._comm.world_size == 1 else 'ranks'} × {accumulation} × {batch.micro} "
             f"samples{samples} on {self._comm.device.type}, {self._job.precision.dtype}"
         )
+        if layout := self._engine.weights.describe():
+            self.say(layout)
         self._began, self._first_step = time.perf_counter(), self._engine.global_step
 
     def step(self, result: StepResult, step_s: float, data_wait_s: float) -> None:

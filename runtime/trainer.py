@@ -33,7 +33,7 @@ from dstrain.runtime.data.loader import Loader, to_device
 from dstrain.runtime.data.sampler import BatchLayout
 from dstrain.runtime.engine import Engine, JobSchedule, StepResult
 from dstrain.runtime.first_batch import explained
-from dstrain.runtime.initialization import engine_config
+from dstrain.runtime.initialization import engine_config, is_full
 from dstrain.runtime.last_words import say
 from dstrain.runtime.lr_schedule import LRSchedule
 from dstrain.runtime.models.build import build_model, context_of, vocabulary_of
@@ -68,7 +68,7 @@ class Trainer:
         self.layout = BatchLayout(comm.rank, comm.world_size, self.micro, accumulation)
 
         torch.manual_seed(job.train.seed)  # the same parameters whatever the number of ranks
-        fill: Callable[[Tensor], object] = _is_full
+        fill: Callable[[Tensor], object] = is_full
         if job.zero.stage == 3:
             model_config = job.model
             model, deferred = build_deferred(lambda deferred: build_model(model_config, deferred.refill_by))
@@ -197,10 +197,6 @@ class Trainer:
         text = self.data.decode(tokens.tolist())
         if text is not None:
             self.report.say(f"--- sample\n{text}\n---")
-
-
-def _is_full(parameter: Tensor) -> None:
-    """It has its numbers already."""
 
 
 def seed_all(seed: int) -> None:

@@ -74,6 +74,7 @@ def spread(
         keep_whole=zero.reshard == "step",
         whole_tensors=whole_tensors,
         dtype=parameter_dtype(precision),
+        comm_wish=zero.comm,
         offload=offload,
         fill=fill,
     )

@@ -9,15 +9,16 @@ that the optimizer moves the parameters themselves; bf16 and fp16 shards have fp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
-from dstrain.runtime.comm_group import CommGroup
+from dstrain.runtime.comm_group import Algorithm, CommGroup
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import OffloadConfig
 from dstrain.runtime.zero.divergence import END_OF_STEP, Lookout
@@ -56,13 +57,15 @@ class ShardedWeights:
         keep_whole: bool,
         whole_tensors: bool,
         dtype: torch.dtype = torch.float32,
+        comm_wish: str = "auto",
         offload: OffloadConfig | None = None,
         fill: Callable[[Tensor], object] = lambda parameter: None,
     ) -> None:
         """resident_elements: units of fewer stay whole at stage 3; keep_whole: all of them, from step to step.
-        whole_tensors: cut only between parameters. dtype: of parameters that are fp32 now. fill: gives a parameter its
-        numbers, on rank 0, just before they are needed."""
+        whole_tensors: cut only between parameters. dtype: of parameters that are fp32 now. comm_wish: zero.comm. fill:
+        gives a parameter its numbers, on rank 0, just before they are needed."""
         self.stage, self.shards = stage, shards
+        self._wish = comm_wish
         self._offload = offload or OffloadConfig()
         groups = _groups(model, stage, bucket_elements, resident_elements)
         self.units: list[ZeroUnit] = []
@@ -118,6 +121,25 @@ class ShardedWeights:
         finally:
             self.watch.in_backward = False
             self.gatherer.unpin_all()
+
+    def describe(self) -> str:
+        """One line for people on how the state is spread."""
+        ranks, units = self.shards.size, len(self.units)
+        largest = max((unit.plan.size for unit in self.units), default=0)
+        return (
+            f"ZeRO stage {self.stage}: {ranks} {'rank shares' if ranks == 1 else 'ranks share'} one copy, "
+            f"{units} {'unit' if units == 1 else 'units'} of up to {largest / 1e6:.2f} M elements, "
+            f"comm {self.shards.algorithm}"
+        )
+
+    def state_dict(self) -> dict[str, str]:
+        """What was measured at the start, and must be the same to go on bitwise."""
+        return {"comm": self.shards.algorithm}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Go on as was measured, unless the job says otherwise; where ranks are others, it was for them."""
+        if self._wish == "auto" and state.get("comm") in ("pairwise", "ring") and self.shards.device.type == "cpu":
+            self.shards.choose(cast(Algorithm, state["comm"]))
 
     def at_step_end(self) -> AbstractContextManager[None]:
         """Around the collectives that end a step."""

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from dstrain.runtime import trainer
+from dstrain.runtime import initialize, trainer
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.engine import StepResult
 from dstrain.runtime.models.gpt import GPT
@@ -132,3 +132,24 @@ def test_a_job_at_stage_3_is_that_of_stage_0(
 
     for replicated, sharded in run_ranks(2, work):
         assert sharded == pytest.approx(replicated, rel=1e-5 if dtype == "fp32" else 2e-2)
+
+
+def test_a_script_gives_what_makes_its_model(run_ranks: RunRanks) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(700, 700), nn.Linear(700, 700))  # 1.9 MiB each
+
+    def work(rank: int) -> list[float]:
+        found = []
+        for stage, model in ((0, make()), (0, make), (3, make)):
+            engine = initialize(model, {"zero": {"stage": stage, "resident_elements": 0}})
+            for _ in range(2):
+                engine.backward(engine(torch.ones(2, 700)).square().mean())
+                result = engine.step()
+                assert result is not None
+            found.append(result.loss)
+        return found
+
+    for whole, made, sharded in run_ranks(2, work):
+        assert whole == made
+        assert sharded == pytest.approx(whole, rel=1e-5)

@@ -154,6 +154,11 @@ class Reporter:
         return metrics.model_flops_utilization(tokens_per_s, ranks, self._flops_per_token, self._peak_tflops)
 
 
+def _weight(module: nn.Module) -> object:
+    """The parameter as it lies there: reading the attribute of a sharded module would gather it."""
+    return module._parameters.get("weight")
+
+
 def flops_per_token(model: nn.Module, job: JobConfig, sequence_length: int) -> float | None:
     """FLOPs of forward and backward for one token; None for a model whose layers and width are not known."""
     if job.gpt is not None:
@@ -165,8 +170,10 @@ def flops_per_token(model: nn.Module, job: JobConfig, sequence_length: int) -> f
         layers, width = found[0], found[1]
     else:
         return None
-    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = {id(_weight(module)) for module in model.modules() if isinstance(module, nn.Linear)}
+    tables = {
+        id(_weight(m)): m.num_embeddings * m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)
+    }
     only_looked_up = sum(size for table, size in tables.items() if table not in heads)
     multiplying = sum(parameter.numel() for parameter in model.parameters()) - only_looked_up
     return metrics.transformer_flops_per_token(multiplying, layers, width, sequence_length)

@@ -182,9 +182,10 @@ class Trainer:
         return asked or step == self.steps or (config.every_steps is not None and step % config.every_steps == 0)
 
     def _show_sample(self) -> None:
-        """Text that the model goes on to write after a line's end."""
+        """Text that the model goes on to write after a line's end; where the model is sharded, on all ranks at once."""
         count = self.job.train.sample_bytes
-        if self.comm.rank or not count or self.data.decode is None or not isinstance(self.task, LanguageTask):
+        is_needed = self.comm.rank == 0 or self.engine.weights.sharers > 1
+        if not is_needed or not count or self.data.decode is None or not isinstance(self.task, LanguageTask):
             return
         prompt = torch.tensor([SAMPLE_PROMPT], device=self.comm.device)
         generator = torch.Generator().manual_seed(self.job.train.seed)

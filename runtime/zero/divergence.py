@@ -11,6 +11,7 @@ slow has no other name there, and is waited for.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -50,7 +51,9 @@ class Lookout:
         self._waits_since: float | None = None
         self._store: JobStore | None = None
         self._noting, self._comparing = threading.Lock(), threading.Lock()
-        threading.Thread(target=self._look_on, name="dstrain lookout", daemon=True).start()
+        ended = threading.Event()
+        atexit.register(ended.set)
+        threading.Thread(target=self._look_on, args=(ended,), name="dstrain lookout", daemon=True).start()
 
     def note(self, name: str) -> None:
         """A gather starts."""
@@ -71,9 +74,8 @@ class Lookout:
         finally:
             self._waits_since = None
 
-    def _look_on(self) -> None:
-        while True:
-            time.sleep(POLL_S)
+    def _look_on(self, ended: threading.Event) -> None:
+        while not ended.wait(POLL_S):
             since = self._waits_since
             if since is not None and time.monotonic() - since > SUSPICIOUS_S:
                 self._compare()

@@ -92,7 +92,13 @@ class Gatherer:
             self._place = 0
 
     def begin_step(self) -> None:
-        """The order of demands begins anew; what was used first is gathered at once."""
+        """The order of demands begins anew; what was used first is gathered at once. Slots that were more than usual
+        are given back."""
+        for slot in self._slots[SLOTS:]:
+            if slot.unit is not None:
+                self._release(slot.unit)
+            del self._slot_at[slot.memory.untyped_storage().data_ptr()]
+        del self._slots[SLOTS:]
         self._order, self._demands, self._place = self._demands, [], 0
         for unit in self._order[:SLOTS]:
             if unit.state is UnitState.SHARDED and (unit.resident or self._free_slot(keep=unit) is not None):

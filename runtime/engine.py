@@ -39,9 +39,12 @@ from dstrain.runtime.optimizers import set_learning_rate
 from dstrain.runtime.precision import DTYPES, first_non_finite
 from dstrain.runtime.spec.errors import NonFiniteError, UsageError
 from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
+from dstrain.runtime.zero.divergence import ranks_in_words
 from dstrain.runtime.zero.spread import needs_whole_tensors, spread
 
 _REMEDY = "a smaller optimizer.lr, a longer schedule.warmup_steps or train.clip may help"
+
+_CHECK_EVERY = 100
 
 OptimizerFactory = Callable[[Sequence[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
@@ -125,6 +128,7 @@ class Engine:
         self.weights, self.gradients = spread(
             module, comm, config.zero, config.parallel, config.precision, whole_tensors, fill
         )
+        self._parameters = dict(module.named_parameters())
         self._broadcast_buffers()
         self.trained = self.weights.trained
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -198,6 +202,8 @@ class Engine:
             return None
         asked, self.save_requested = self.save_requested, False
         self._totals[2:4] = torch.tensor([self.stop_requested, asked])
+        self._check_parameters()
+        self._own_loss = self._totals[0].clone()
         with self.weights.at_step_end():
             self.gradients.wait()
             squares = self.gradients.squares()
@@ -302,10 +308,25 @@ class Engine:
         """The factor of torch's clip_grad_norm_."""
         return 1.0 if self.config.clip is None else min(1.0, self.config.clip / (norm + 1e-6))
 
+    def _check_parameters(self) -> None:
+        """Now and then: parameters that were put into the model later would not be reduced, in silence."""
+        if self.global_step > 2 and self.global_step % _CHECK_EVERY:
+            return
+        known = self._parameters
+        for name, parameter in self.module.named_parameters():
+            if known.get(name) is not parameter:
+                found = "a new one" if name not in known else f"another one, of shape {tuple(parameter.shape)}"
+                raise UsageError.mismatch(
+                    f"parameter {name}", "the one that initialize saw", found, "change the model before initialize"
+                )
+
     def _check_finite(self, result: StepResult) -> None:
         step = self.global_step + 1
         if not math.isfinite(result.loss):
-            raise NonFiniteError(f"step {step}: expected a finite loss, found {result.loss}; {_REMEDY}")
+            everyones = self.comm.all_gather_object(float(self._own_loss))
+            ranks = [rank for rank, own in enumerate(everyones) if not math.isfinite(own)]
+            where = f" on {ranks_in_words(ranks)}" if 0 < len(ranks) < self.world_size else ""
+            raise NonFiniteError(f"step {step}: expected a finite loss, found {result.loss}{where}; {_REMEDY}")
         if not math.isfinite(result.grad_norm):
             here = first_non_finite([(name, gradient) for name, _, gradient in self.weights.with_gradients()])
             found = next((each for each in self.comm.all_gather_object(here) if each), None)

@@ -6,7 +6,8 @@ never send, and they wait for another. A blocked collective cannot carry the que
 its gathers, and a thread of its own looks on: when the rank has waited for more than `SUSPICIOUS_S`, it publishes
 them in the job's store, and compares them with what the other waiting ranks have published. Names that differ at the
 same place prove the divergence; every rank finds it and ends, with one line that names them. A rank that is merely
-slow has no other name there, and is waited for.
+slow has no other name there, and is waited for; after `LONG_S` the others say for whom, once: it may stand in a
+collective of the script's own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dstrain.runtime.spec.exit_codes import ExitCode
 
 SUSPICIOUS_S = 1.0
 POLL_S = 0.25
+LONG_S = 30.0
 KEPT = 512
 """Names of gathers that are kept: more than ranks can be apart."""
 
@@ -50,6 +52,7 @@ class Lookout:
         self._count = 0
         self._waits_since: float | None = None
         self._store: JobStore | None = None
+        self._told: float | None = None
         self._noting, self._comparing = threading.Lock(), threading.Lock()
         ended = threading.Event()
         atexit.register(ended.set)
@@ -77,8 +80,14 @@ class Lookout:
     def _look_on(self, ended: threading.Event) -> None:
         while not ended.wait(POLL_S):
             since = self._waits_since
-            if since is not None and time.monotonic() - since > SUSPICIOUS_S:
+            if since is None:
+                continue
+            waited = time.monotonic() - since
+            if waited > SUSPICIOUS_S:
                 self._compare()
+            if waited > LONG_S and since != self._told:
+                self._told = since
+                self._tell()
 
     def _compare(self) -> None:
         with self._comparing:
@@ -90,6 +99,21 @@ class Lookout:
             if difference(self._published(self._store)) is not None:
                 time.sleep(SUSPICIOUS_S)  # those who came later have published too; nobody ends before they see it
                 self._end(difference(self._published(self._store)) or {})
+
+    def _tell(self) -> None:
+        """One line on whom this rank waits for."""
+        assert self._store is not None
+        with self._noting:
+            place, name = self._count, self._names[-1] if self._names else "the first unit"
+        trails = self._published(self._store)
+        reached = {rank: trail.first + len(trail.names) for rank, trail in trails.items()}
+        behind = [rank for rank in self._ranks if reached.get(rank, 0) < place]
+        if behind:
+            sys.stderr.write(
+                f"dstrain: rank {self._comm.rank} has waited {LONG_S:.0f} s in {name} for {ranks_in_words(behind)}, "
+                "not there yet: slow, or in a collective of the script's own that the others do not join?\n"
+            )
+            sys.stderr.flush()
 
     def _published(self, store: JobStore) -> dict[int, Trail]:
         texts = {rank: store.get(f"lookout/{rank}") for rank in self._ranks}

@@ -435,3 +435,26 @@ def test_a_finite_step_follows_one_that_was_not_when_the_engine_is_rolled_back(t
     engine.load_checkpoint(tmp_path)
     engine.backward(model(torch.ones(1, 2)).sum())
     assert engine.step() is not None
+
+
+def test_a_parameter_that_came_later_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    engine = engine_of(model, single())
+    model[1].weight = nn.Parameter(torch.zeros(3, 2))
+    model[1].bias = nn.Parameter(torch.zeros(3))
+    engine.backward(model(torch.ones(1, 2)).mean())
+    with pytest.raises(UsageError, match=r"parameter 1\.weight: expected the one .* of shape \(3, 2\)"):
+        engine.step()
+
+
+def test_a_loss_that_is_not_finite_names_its_rank(run_ranks: RunRanks) -> None:
+    def work(rank: int) -> str:
+        with Communicator.connect() as comm:
+            engine = engine_of(nn.Linear(2, 2), comm)
+            engine.backward(engine(torch.full((1, 2), torch.nan if rank == 1 else 1.0)).mean())
+            with pytest.raises(NonFiniteError) as error:
+                engine.step()
+            return str(error.value)
+
+    for said in run_ranks(3, work):
+        assert "found nan on rank 1; " in said

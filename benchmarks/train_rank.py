@@ -85,9 +85,12 @@ def peak_mib() -> float:
 
 
 def main(name: str, work: Work) -> None:
-    torch.set_num_threads(1)
-    # Two ranks on one GPU, which NCCL refuses, talk over Gloo.
-    dist.init_process_group("nccl" if work.device == "cuda" and os.environ["WORLD_SIZE"] == "1" else "gloo")
+    if work.device == "cpu":
+        torch.set_num_threads(1)
+    if work.device == "cuda" and os.environ["WORLD_SIZE"] == "1":
+        dist.init_process_group("nccl", device_id=torch.device("cuda", 0))
+    else:
+        dist.init_process_group("gloo")  # also of two ranks on one GPU, which NCCL refuses
     dist.all_reduce(torch.ones(1, device=work.device))
     found = Found()
     if name == "activations":

@@ -10,8 +10,8 @@
 
 The work of `gpt.py`: a GPT of 29.5 M parameters, 2 ranks, 2 x 128 tokens a rank, fp32, fused AdamW, clipping, Gloo,
 one thread a rank. A round is a job of each contender, in turn: 3 steps, then the median of 8. Memory is the peak above
-the floor, that of a process which has imported torch and joined the other ranks. Contenders whose first losses differ
-end the benchmark. --tiny: a model that trains in no time, to see that all runs.
+the floor, that of a process which has imported torch and joined the other ranks. Contenders whose first or last losses
+differ end the benchmark. --tiny: a model that trains in no time, to see that all runs.
 
 PEERS=…/bin/python: the interpreter for FSDP2 and DeepSpeed, by default this one. All others run in this one.
 """

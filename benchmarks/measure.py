@@ -25,6 +25,14 @@ class Series:
     def median(self) -> float:
         return statistics.median(self.values)
 
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """The lower one, the median, the upper one; of a single round, that one."""
+        if len(self.values) == 1:
+            return self.values[0], self.values[0], self.values[0]
+        low, _, high = statistics.quantiles(self.values, n=4)
+        return low, self.median, high
+
 
 def timed(
     series: Series,
@@ -56,13 +64,18 @@ def report(ours: Series, theirs: Series) -> None:
     """Both medians with quartiles, and the ratio round by round."""
     for series in (ours, theirs):
         report_one(series)
-    ratios = [a / b for a, b in zip(ours.values, theirs.values, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    print(f"{'ratio':36} median {statistics.median(ratios):.3f}     quartiles {low:.3f} to {high:.3f}")
+    low, middle, high = ratio(ours, theirs).quartiles
+    print(f"{'ratio':36} median {middle:.3f}     quartiles {low:.3f} to {high:.3f}")
 
 
 def report_one(series: Series) -> None:
     """The median with quartiles."""
-    low, _, high = statistics.quantiles(series.values, n=4)
+    low, middle, high = series.quartiles
     spread = f"quartiles {low:.3f} to {high:.3f}   rounds {len(series.values)}"
-    print(f"{series.name:36} median {series.median:.3f} {series.unit}   {spread}")
+    print(f"{series.name:36} median {middle:.3f} {series.unit}   {spread}")
+
+
+def ratio(ours: Series, theirs: Series) -> Series:
+    """Round by round."""
+    values = [a / b for a, b in zip(ours.values, theirs.values, strict=True)]
+    return Series(f"{ours.name} / {theirs.name}", values, unit="")

@@ -29,28 +29,36 @@ def by_size(parameters: Sequence[Named], elements: int) -> list[Group]:
 
 
 def by_module(model: nn.Module, small: int) -> list[Group]:
-    """A unit for each block of the model, the parameters outside of blocks in units of their own.
+    """A unit for each block of the model, and for each module outside of blocks: what is needed at once.
 
-    Blocks: the repeated ones (`blocks_of`). What is outside is used in places of its own: an embedding in one, the
-    head in another. Those of fewer than `small` elements share one unit. Trained and frozen parameters, and dtypes,
-    never share one. Groups come in the order of the model's parameters.
+    Blocks: the repeated ones (`blocks_of`). Modules outside with fewer than `small` elements of their own share one
+    unit. Trained and frozen parameters, and dtypes, never share one. Groups come in the order of the model's
+    parameters.
     """
     blocks = _outermost(blocks_of(model))
-    groups: dict[tuple[str, str, bool, torch.dtype], list[Named]] = {}
+    outside: dict[str, int] = {}
+    places = {}
     for name, parameter in model.named_parameters():
         block = next((block for block in blocks if name.startswith(f"{block}.")), "")
-        own = "" if block or parameter.numel() < small else name
+        places[name] = block, name.rpartition(".")[0] or name
+        if not block:
+            outside[places[name][1]] = outside.get(places[name][1], 0) + parameter.numel()
+    groups: dict[tuple[str, str, bool, torch.dtype], list[Named]] = {}
+    for name, parameter in model.named_parameters():
+        block, module = places[name]
+        own = "" if block or outside[module] < small else module
         groups.setdefault((block, own, parameter.requires_grad, parameter.dtype), []).append((name, parameter))
-    kinds = [(block, own) for block, own, _, _ in groups]
-    return [
-        Group(_name(block, own, trained if kinds.count((block, own)) > 1 else None), tuple(members), block)
-        for (block, own, trained, _), members in groups.items()
-    ]
+    kinds = list(groups)
+    return [Group(_name(kind, kinds), tuple(members), kind[0]) for kind, members in groups.items()]
 
 
-def _name(block: str, own: str, trained: bool | None) -> str:
-    name = block or own or "(outside of blocks)"
-    return name if trained is None else f"{name} ({'trained' if trained else 'frozen'})"
+def _name(kind: tuple[str, str, bool, torch.dtype], kinds: Sequence[tuple[str, str, bool, torch.dtype]]) -> str:
+    """The place, and what tells the unit from others of that place."""
+    block, own, trained, dtype = kind
+    others = [other for other in kinds if other[:2] == kind[:2] and other != kind]
+    details = ["trained" if trained else "frozen"] if any(other[2] != trained for other in others) else []
+    details += [str(dtype).removeprefix("torch.")] if any(other[3] != dtype for other in others) else []
+    return (block or own or "(outside of blocks)") + (f" ({', '.join(details)})" if details else "")
 
 
 def _outermost(names: list[str]) -> list[str]:

@@ -124,7 +124,8 @@ class Engine:
         self.learning_rate = self.grad_norm = 0.0
         self.dataloader: Iterable[Any] = ()
         self.stop_requested = self.save_requested = False
-        whole_tensors = config.zero.stage > 0 and needs_whole_tensors(optimizer)
+        trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        whole_tensors = config.zero.stage > 0 and needs_whole_tensors(optimizer, trained)
         self.weights, self.gradients = spread(
             module, comm, config.zero, config.parallel, config.precision, whole_tensors, fill
         )

@@ -14,13 +14,16 @@ allocated.
 
 [Note: saved tensors]
 The backward needs weights that the forward has used, and by then their slot holds another unit. So what autograd
-saves of a slot is kept as (unit, size, stride, offset), and becomes a tensor again when the backward asks for it.
+saves of a slot is kept as (unit, size, stride, offset), and becomes a tensor again when the backward asks for it. Its
+unit stays where it is as long as that tensor lives: one operation may need weights of several units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -66,12 +69,14 @@ class Gatherer:
         self._place = 0  # in _order: behind the last demand that was foreseen
         self._last: ZeroUnit | None = None
         self._clock = 0
-        self._is_recording = True
+        self._is_recording = False
+        self._is_saving = False
+        self._lent: Counter[ZeroUnit] = Counter()  # tensors that the backward has of each, and still uses
 
     # --- what is whole -----------------------------------------------------------------------------------------
 
-    def demand(self, unit: ZeroUnit) -> None:
-        """Return once the unit's parameters are whole. [Note: demand]"""
+    def demand(self, unit: ZeroUnit, foresee: bool = True) -> None:
+        """Return once the unit's parameters are whole. [Note: demand] foresee: prefetch what came next."""
         if unit is self._last and unit.state is UnitState.WHOLE:
             return
         if unit.state is UnitState.SHARDED:
@@ -83,13 +88,19 @@ class Gatherer:
         self._last = unit
         if self._is_recording:
             self._demands.append(unit)
-        self._foresee(unit)
+        if foresee:
+            self._foresee(unit)
 
     def begin_forward(self, training: bool) -> None:
-        """Before each forward of the whole model. training: a backward follows; other forwards are not noted."""
+        """Before each forward. training: a backward follows; other forwards are not noted."""
         self._is_recording = training
+        self._last = None
         if not training or not self._demands:
             self._place = 0
+
+    def begin_backward(self) -> None:
+        """Before each backward: what it demands is noted, whatever the last forward was."""
+        self._is_recording = True
 
     def begin_step(self) -> None:
         """The order of demands begins anew; what was used first is gathered at once. Slots that were more than usual
@@ -100,6 +111,7 @@ class Gatherer:
             del self._slot_at[slot.memory.untyped_storage().data_ptr()]
         del self._slots[SLOTS:]
         self._order, self._demands, self._place = self._demands, [], 0
+        self._is_recording = False
         for unit in self._order[:SLOTS]:
             if unit.state is UnitState.SHARDED and (unit.resident or self._free_slot(keep=unit) is not None):
                 self._start(unit)
@@ -133,9 +145,29 @@ class Gatherer:
 
     # --- autograd ----------------------------------------------------------------------------------------------
 
-    def saving(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def saving(self) -> Iterator[None]:
         """Inside, autograd keeps views of slots as what they are views of. [Note: saved tensors]"""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        if self._is_saving or not self._moving:
+            yield
+            return
+        self._is_saving = True
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+                yield
+        finally:
+            self._is_saving = False
+
+    def units_in(self, output: Any) -> set[ZeroUnit]:
+        """Units in whose slots a module's output lies: it has given its own parameter, or a view of it."""
+        if isinstance(output, Tensor):
+            slot = self._slot_at.get(output.untyped_storage().data_ptr())
+            return {slot.unit} if slot is not None and slot.unit is not None else set()
+        if isinstance(output, Mapping):
+            output = output.values()
+        elif not isinstance(output, list | tuple):
+            return set()
+        return {unit for item in output for unit in self.units_in(item)}
 
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
@@ -148,7 +180,13 @@ class Gatherer:
             return saved
         self.demand(saved.unit)
         assert saved.unit.full is not None
-        return saved.unit.full.as_strided(saved.size, saved.stride, saved.offset)
+        tensor = saved.unit.full.as_strided(saved.size, saved.stride, saved.offset)
+        self._lent[saved.unit] += 1
+        weakref.finalize(tensor, self._take_back, saved.unit).atexit = False
+        return tensor
+
+    def _take_back(self, unit: ZeroUnit) -> None:
+        self._lent[unit] -= 1
 
     # --- slots -------------------------------------------------------------------------------------------------
 
@@ -173,14 +211,19 @@ class Gatherer:
         free = [slot for slot in self._slots if slot.unit is None]
         if free:
             return free[0]
-        idle = [slot for slot in self._slots if slot.unit is not None and not slot.unit.pins and slot.unit is not keep]
+        idle = [
+            slot for slot in self._slots if slot.unit is not keep and slot.unit is not None and self._is_idle(slot.unit)
+        ]
         whole = [slot for slot in idle if slot.unit is not None and slot.unit.state is UnitState.WHOLE]
         if keep is not None:
             idle = whole
         return min(whole or idle, key=lambda slot: slot.used, default=None)
 
+    def _is_idle(self, unit: ZeroUnit) -> bool:
+        return not unit.pins and not self._lent[unit]
+
     def _new_slot(self) -> _Slot:
-        size = max(unit.plan.size * unit.dtype.itemsize for unit in self._moving)
+        size = max(_LARGEST_ITEM, *(unit.plan.size * unit.dtype.itemsize for unit in self._moving))
         memory = torch.empty(
             -(-size // _LARGEST_ITEM) * _LARGEST_ITEM, dtype=torch.uint8, device=self._moving[0].device
         )

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.gradients import GradientBucket, GradientReducer
@@ -100,6 +100,13 @@ class ShardedGradients(GradientReducer):
     def _reduces_in(self, last: bool) -> bool:
         return last or self._sharded_accumulation
 
+    def _on_gradient(self, parameter: Tensor) -> None:
+        super()._on_gradient(parameter)
+        assert isinstance(parameter, nn.Parameter)
+        bucket = self._bucket_of[parameter]
+        if self._in_backward and bucket.is_complete:
+            self._done_with(self._unit_of[id(bucket)])
+
     def _open(self, bucket: GradientBucket) -> None:
         """[Note: pool]"""
         if not self._free and self._pending and self._made >= POOL:
@@ -121,7 +128,6 @@ class ShardedGradients(GradientReducer):
             bucket.flat, unit.plan.bounds, unit.grad, tag=2 * unit.number + 1, add=add
         )
         self._pending.append((bucket, pending))
-        self._done_with(unit)
 
     def _finish_oldest(self) -> None:
         bucket, pending = self._pending.popleft()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,21 +86,32 @@ def spread(
     )
 
 
-def needs_whole_tensors(optimizer: torch.optim.Optimizer | Callable[..., Any]) -> bool:
-    """Whether an optimizer must see whole tensors. Raises UsageError for one that cannot work on shards at all.
+def needs_whole_tensors(
+    optimizer: torch.optim.Optimizer | Callable[..., Any], parameters: Sequence[tuple[str, nn.Parameter]]
+) -> bool:
+    """Whether an optimizer of these parameters must see whole tensors. Raises UsageError for one that cannot work on
+    shards at all.
 
-    A factory is asked for one over a parameter of a single element, which is thrown away.
+    A factory is asked for one over parameters of the same names, of a single element each, which is thrown away.
     """
     made = optimizer
     if not isinstance(made, torch.optim.Optimizer):
         try:
-            made = made([("", nn.Parameter(torch.zeros(1, 1)))])
-        except Exception:  # it knows its parameters by name: whole tensors suit every optimizer
+            made = made([(name, _single(parameter)) for name, parameter in parameters])
+        except Exception:  # it fails again, and says why, with the parameters themselves
             return True
     names = [kind.__name__ for kind in type(made).__mro__ if kind.__module__.startswith("torch.optim")]
     if reason := next((UNSHARDABLE[name] for name in names if name in UNSHARDABLE), None):
         raise UsageError.mismatch("zero.stage", f"0 with {names[0]} ({reason})", "a stage that shards")
-    return type(made).step.__qualname__.split(".")[0] not in ELEMENTWISE
+    stepping = next(kind for kind in type(made).__mro__ if "step" in vars(kind))
+    return not (stepping.__module__.startswith("torch.optim") and stepping.__name__ in ELEMENTWISE)
+
+
+def _single(parameter: nn.Parameter) -> nn.Parameter:
+    """A stand-in with as many dimensions."""
+    single = nn.Parameter(torch.zeros([1] * parameter.dim(), dtype=parameter.dtype))
+    single.whole_shape = parameter.shape  # type: ignore[attr-defined] # rules of groups look at it
+    return single
 
 
 def _shard_size(comm: Communicator, zero: ZeroConfig, parallel: ParallelConfig) -> int:

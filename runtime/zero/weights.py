@@ -2,8 +2,9 @@
 
 [Note: pieces]
 The optimizer of a rank moves *pieces*: what the rank's shards hold of each parameter. A piece that is a whole
-parameter has its shape, any other is flat, and empty where the rank has nothing of it: all ranks' optimizers have the
-same groups of the same parameters. `whole_shape` is that of the parameter. In fp32 a piece is a view of the shard, so
+parameter has its shape, any other is a row of as many dimensions, by which users make groups, and empty where the rank
+has nothing of it: all ranks' optimizers have the same groups of the same parameters. `whole_shape` is that of the
+parameter. In fp32 a piece is a view of the shard, so
 that the optimizer moves the parameters themselves; bf16 and fp16 shards have fp32 masters.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import cast
 
 import torch
@@ -83,7 +85,6 @@ class ShardedWeights:
         of_module: dict[str, list[ZeroUnit]] = {}
         for unit, group in zip(self.units, groups, strict=True):
             of_module.setdefault(group.module, []).append(unit)
-        self._together = {unit: units for units in of_module.values() for unit in units}
         blocks = {module: units for module, units in of_module.items() if module}
         self.watch = Watch(model, self.gatherer, blocks)
         self._masters: dict[ZeroUnit, Tensor] = {}
@@ -109,13 +110,14 @@ class ShardedWeights:
         """Around each forward of the model."""
         training = torch.is_grad_enabled()
         self.gatherer.begin_forward(training)
-        with self.gatherer.saving() if training and self.stage == 3 else nullcontext():
+        with self.gatherer.saving():
             yield
 
     @contextmanager
     def in_backward(self) -> Iterator[None]:
         """Around each backward."""
         self.watch.in_backward = True
+        self.gatherer.begin_backward()
         try:
             yield
         finally:
@@ -153,9 +155,8 @@ class ShardedWeights:
         self.gatherer.begin_step()
 
     def done_with(self, unit: ZeroUnit) -> None:
-        """A backward has made all the unit's gradients: nobody waits for it, nor for frozen ones of its block."""
-        for other in self._together[unit]:
-            other.pins = 0
+        """A backward has made all the unit's gradients: nobody uses it any more."""
+        unit.pins = 0
 
     def publish(self) -> None:
         """Round the masters into the shards, and start to give everyone what has changed."""
@@ -195,10 +196,7 @@ class ShardedWeights:
         """This rank's piece of a whole tensor with the elements of parameter `name`, in the shape of a piece."""
         unit, number = self._place_of[name]
         start, stop = entry_overlap(unit.plan, self.shards.index, unit.plan.entries[number])
-        if stop - start == whole.numel():
-            return whole
-        part = whole.reshape(-1)[start:stop]
-        return part if part.numel() else part.view(0, *whole.shape[1:])
+        return _as_piece(whole.reshape(-1)[start:stop], tuple(whole.shape))
 
     def shard_of(self, name: str) -> Tensor | None:
         """This rank's interval of a parameter in the model's dtype, flat; None: it is not sharded."""
@@ -238,13 +236,17 @@ class ShardedWeights:
         places = {place.entry: place for place in unit.plan.pieces(unit.group.index)}
         for entry, parameter in zip(unit.plan.entries, unit.parameters, strict=True):
             place = places.get(entry)
-            if place is None:
-                own = nn.Parameter(source.new_zeros((0, *entry.shape[1:])))
-            else:
-                view = source[place.offset : place.offset + place.numel]
-                own = nn.Parameter(view.view(entry.shape) if place.is_whole else view)
+            part = source[:0] if place is None else source[place.offset : place.offset + place.numel]
+            own = nn.Parameter(_as_piece(part, entry.shape))
             own.whole_shape = entry.shape  # type: ignore[attr-defined] # rules of groups look at it
             yield entry.name, OwnPiece(unit, place, parameter, own)
+
+
+def _as_piece(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What a rank has of a parameter of `shape`, flat, in the shape of a piece. [Note: pieces]"""
+    if part.numel() == prod(shape):
+        return part.view(shape)
+    return part.view(*[1] * (len(shape) - 1), -1) if part.numel() else part.view(0, *shape[1:])
 
 
 def _groups(model: nn.Module, stage: int, bucket_elements: int, small: int) -> list[Group]:

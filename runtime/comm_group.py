@@ -4,19 +4,20 @@
 torch's Gloo emulates a reduce-scatter by an all-reduce and copies what it gathers, so on Gloo both are made here of
 sends and receives that go on in the background. `pairwise`: every rank sends each other one its share, at once, and
 receives in place; the best where a switch lets all pairs talk at full speed, and the only one that cuts between
-tensors allow. `ring`: every rank talks to its neighbours only, in N - 1 rounds on a thread; with several ranks on
-each host, only one of them sends to the next host, where pairwise sends each share there once for each rank.
-`native`: the backend's own, as NCCL has them. All send (N - 1) / N of the buffer from each rank.
+tensors allow. `ring`: every rank talks to its neighbours only, in N - 1 rounds on a thread for all gathers, and one
+for all reductions; with several ranks on each host, only one of them sends to the next host, where pairwise sends
+each share there once for each rank. `native`: the backend's own, as NCCL has them. All send (N - 1) / N of the buffer
+from each rank.
 
 Sums are in a fixed order for each shard, so the same layout gives the same bits in every run.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
+import queue
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import pairwise
 from typing import Any, Literal, Protocol, cast
 
@@ -26,11 +27,10 @@ from torch import Tensor
 
 Algorithm = Literal["pairwise", "ring", "native"]
 
+_Works = queue.SimpleQueue[tuple[Callable[[], None], Future[None]]]
+
 _COLLECT = 1 << 20
 """A tag above those of units."""
-
-PROBE_ELEMENTS = 1 << 20
-PROBE_ROUNDS = 3
 
 
 class Pending(Protocol):
@@ -83,7 +83,7 @@ class CommGroup:
     """Some ranks of the job, of which this is one; without `group`, this rank alone.
 
     index: this rank's number in the group. size: ranks in it. Buffers are flat and contiguous, bounds as in `UnitPlan`.
-    The ranks start operations of one tag in the same order; different tags may come in any order (but on `native`).
+    The ranks start gathers in the same order, and reductions in the same order; on `native` also the two together.
     """
 
     def __init__(
@@ -94,15 +94,12 @@ class CommGroup:
         self.size = len(self.ranks)
         self.index = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
         self.algorithm: Algorithm = "native" if device.type == "cuda" else "pairwise"
-        self._thread: ThreadPoolExecutor | None = None
+        self._works: dict[str, _Works] = {}
 
     def choose(self, wish: Literal["auto", "pairwise", "ring", "native"]) -> Algorithm:
-        """Settle the algorithm; `auto` measures where there is a choice. All ranks of the group call it."""
+        """Settle the algorithm; `auto` is native on GPUs, else pairwise."""
         if wish != "auto":
             self.algorithm = wish
-        elif self.device.type == "cpu" and self.size > 2:
-            seconds = {algorithm: self._probe(algorithm) for algorithm in ("pairwise", "ring")}
-            self.algorithm = "ring" if seconds["ring"] < seconds["pairwise"] else "pairwise"
         return self.algorithm
 
     def start_all_gather(self, flat: Tensor, bounds: Sequence[int], tag: int) -> Pending:
@@ -115,7 +112,7 @@ class CommGroup:
         if algorithm == "native":
             return cast(Pending, _native("all_gather")(flat, own, group=self._group, async_op=True))
         if algorithm == "ring":
-            return self._on_thread(lambda: self._ring_gather(flat, bounds, tag))
+            return self._on_thread("gather", lambda: self._ring_gather(flat, bounds, tag))
         operations = []
         for distance in range(1, self.size):
             to, source = (self.index + distance) % self.size, (self.index - distance) % self.size
@@ -140,7 +137,7 @@ class CommGroup:
         if algorithm == "native":
             return self._native_reduce_scatter(flat, own, out, add)
         if algorithm == "ring":
-            return self._on_thread(lambda: self._ring_reduce_scatter(flat, bounds, out, tag, add))
+            return self._on_thread("reduce", lambda: self._ring_reduce_scatter(flat, bounds, out, tag, add))
         return self._pairwise_reduce_scatter(flat, bounds, out, tag, add)
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
@@ -166,11 +163,6 @@ class CommGroup:
         for work in _started([operation for one in operations for operation in one]):
             work.wait()
         return flat
-
-    def close(self) -> None:
-        """End the thread, if there is one."""
-        if self._thread is not None:
-            self._thread.shutdown()
 
     # --- how ---------------------------------------------------------------------------------------------------
 
@@ -208,10 +200,16 @@ class CommGroup:
         work = _native("reduce_scatter")(space, flat, group=self._group, async_op=True)
         return _Then(work, lambda: cast(None, out.add_(space))) if add else cast(Pending, work)
 
-    def _on_thread(self, work: Callable[[], None]) -> Pending:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "dstrain-ring")
-        return _OnThread(self._thread.submit(work))
+    def _on_thread(self, kind: str, work: Callable[[], None]) -> Pending:
+        """One thread for each kind: ranks whose gradients come in other orders start them in between other gathers.
+        They are daemons: a process that ends does not wait for them."""
+        if kind not in self._works:
+            self._works[kind] = queue.SimpleQueue()
+            name = f"dstrain ring {kind}"
+            threading.Thread(target=_work_off, args=(self._works[kind],), name=name, daemon=True).start()
+        future: Future[None] = Future()
+        self._works[kind].put((work, future))
+        return _OnThread(future)
 
     def _ring_gather(self, flat: Tensor, bounds: Sequence[int], tag: int) -> None:
         after, before = (self.index + 1) % self.size, (self.index - 1) % self.size
@@ -236,22 +234,15 @@ class CommGroup:
             flat[bounds[there] : bounds[there + 1]].add_(space)
         (out.add_ if add else out.copy_)(flat[bounds[self.index] : bounds[self.index + 1]])
 
-    def _probe(self, algorithm: Algorithm) -> float:
-        """Median seconds of a gather and a reduce-scatter, the same number on all ranks: that of the slowest."""
-        self.algorithm = algorithm
-        size = PROBE_ELEMENTS // self.size * self.size
-        flat = torch.zeros(size, device=self.device)
-        bounds = [size // self.size * rank for rank in range(self.size + 1)]
-        out = torch.zeros_like(flat[: bounds[1]])
-        seconds = []
-        for _ in range(PROBE_ROUNDS):
-            begun = time.perf_counter()
-            self.start_all_gather(flat, bounds, tag=0).wait()
-            self.start_reduce_scatter(flat, bounds, out, tag=1).wait()
-            seconds.append(time.perf_counter() - begun)
-        slowest = torch.tensor([statistics.median(seconds)], dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=self._group)
-        return float(slowest)
+
+def _work_off(works: _Works) -> None:
+    while True:
+        work, future = works.get()
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
 
 
 def _started(operations: list[Any]) -> list[Any]:

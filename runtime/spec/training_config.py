@@ -60,8 +60,8 @@ class ZeroConfig(Section):
     )
     comm: Literal["auto", "pairwise", "ring", "native"] = Field(
         default="auto",
-        description="Algorithm of all-gather and reduce-scatter; auto: NCCL's own on GPUs, on CPUs the faster one in a "
-        "short trial at the start.",
+        description="Algorithm of all-gather and reduce-scatter; auto: native (NCCL's own) on GPUs, pairwise on CPUs. "
+        "ring sends less between hosts that have several ranks each.",
     )
     offload: OffloadConfig = Field(default=OffloadConfig(), description=OffloadConfig.__doc__)
 

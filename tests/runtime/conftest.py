@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 import warnings
@@ -62,7 +64,8 @@ def _results(ranks: int, work: Callable[[int], Any], deadline: float) -> list[An
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     children = [
-        context.Process(target=_be_rank, args=(rank, work, pipes[rank][1]), daemon=True) for rank in range(ranks)
+        context.Process(target=_be_rank, args=(rank, work, pipes[rank][1], deadline), daemon=True)
+        for rank in range(ranks)
     ]
     replies: dict[int, tuple[bool, Any]] = {}
     try:
@@ -99,7 +102,8 @@ def _reply(reader: connection.Connection) -> tuple[bool, Any]:
     return ok, value
 
 
-def _be_rank(rank: int, work: Callable[[int], Any], writer: connection.Connection) -> None:
+def _be_rank(rank: int, work: Callable[[int], Any], writer: connection.Connection, deadline: float) -> None:
+    faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic() - 5), file=sys.__stderr__)  # where it hangs
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     try:
         reply = (True, work(rank))

@@ -4,7 +4,8 @@
 torch's Gloo emulates a reduce-scatter by an all-reduce and copies what it gathers, so on Gloo both are made here of
 sends and receives that go on in the background. `pairwise`: every rank sends each other one its share, at once, and
 receives in place; the best where a switch lets all pairs talk at full speed, and the only one that cuts between
-tensors allow. `ring`: every rank talks to its neighbours only, in N - 1 rounds on a thread; with several ranks on
+tensors allow. `ring`: every rank talks to its neighbours only, in N - 1 rounds on a thread for all gathers, and one
+for all reductions; with several ranks on
 each host, only one of them sends to the next host, where pairwise sends each share there once for each rank.
 `native`: the backend's own, as NCCL has them. All send (N - 1) / N of the buffer from each rank.
 
@@ -83,7 +84,7 @@ class CommGroup:
     """Some ranks of the job, of which this is one; without `group`, this rank alone.
 
     index: this rank's number in the group. size: ranks in it. Buffers are flat and contiguous, bounds as in `UnitPlan`.
-    The ranks start operations of one tag in the same order; different tags may come in any order (but on `native`).
+    The ranks start gathers in the same order, and reductions in the same order; on `native` also the two together.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class CommGroup:
         self.size = len(self.ranks)
         self.index = self.ranks.index(dist.get_rank()) if self.size > 1 else 0
         self.algorithm: Algorithm = "native" if device.type == "cuda" else "pairwise"
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: dict[str, ThreadPoolExecutor] = {}
 
     def choose(self, wish: Literal["auto", "pairwise", "ring", "native"]) -> Algorithm:
         """Settle the algorithm; `auto` measures where there is a choice. All ranks of the group call it."""
@@ -115,7 +116,7 @@ class CommGroup:
         if algorithm == "native":
             return cast(Pending, _native("all_gather")(flat, own, group=self._group, async_op=True))
         if algorithm == "ring":
-            return self._on_thread(lambda: self._ring_gather(flat, bounds, tag))
+            return self._on_thread("gather", lambda: self._ring_gather(flat, bounds, tag))
         operations = []
         for distance in range(1, self.size):
             to, source = (self.index + distance) % self.size, (self.index - distance) % self.size
@@ -140,7 +141,7 @@ class CommGroup:
         if algorithm == "native":
             return self._native_reduce_scatter(flat, own, out, add)
         if algorithm == "ring":
-            return self._on_thread(lambda: self._ring_reduce_scatter(flat, bounds, out, tag, add))
+            return self._on_thread("reduce", lambda: self._ring_reduce_scatter(flat, bounds, out, tag, add))
         return self._pairwise_reduce_scatter(flat, bounds, out, tag, add)
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
@@ -168,9 +169,9 @@ class CommGroup:
         return flat
 
     def close(self) -> None:
-        """End the thread, if there is one."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        """End the threads, if there are any."""
+        for thread in self._threads.values():
+            thread.shutdown()
 
     # --- how ---------------------------------------------------------------------------------------------------
 
@@ -208,10 +209,11 @@ class CommGroup:
         work = _native("reduce_scatter")(space, flat, group=self._group, async_op=True)
         return _Then(work, lambda: cast(None, out.add_(space))) if add else cast(Pending, work)
 
-    def _on_thread(self, work: Callable[[], None]) -> Pending:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "dstrain-ring")
-        return _OnThread(self._thread.submit(work))
+    def _on_thread(self, kind: str, work: Callable[[], None]) -> Pending:
+        """One thread for each kind: ranks whose gradients come in other orders start them in between other gathers."""
+        if kind not in self._threads:
+            self._threads[kind] = ThreadPoolExecutor(1, f"dstrain-ring-{kind}")
+        return _OnThread(self._threads[kind].submit(work))
 
     def _ring_gather(self, flat: Tensor, bounds: Sequence[int], tag: int) -> None:
         after, before = (self.index + 1) % self.size, (self.index - 1) % self.size

@@ -183,11 +183,12 @@ class Engine:
                 "engine.backward", "engine.step() behind every backward", "another backward", "add up losses before it"
             )
         weight = 1 if num_tokens is None else num_tokens
-        self.gradients.begin_backward(last=self.micro_step == self.config.accumulation - 1)
+        self.gradients.begin_backward(self.micro_step == self.config.accumulation - 1, counts=weight > 0)
         unit = self._choose_unit(weight)
         if weight:  # a mean over nothing is no number
             counted = loss.new_tensor(weight, dtype=torch.double)
             self._totals[:2] += torch.stack([loss.detach().double() * weight, counted])
+        if weight or self.weights.backward_gathers:
             with self.weights.in_backward():
                 (loss * (weight * self.scaler.value / unit)).backward()  # type: ignore[no-untyped-call] # torch's
         self.gradients.end_backward()

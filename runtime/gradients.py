@@ -70,6 +70,10 @@ class GradientBucket:
             self._absent.remove(parameter)
         else:
             self.views[parameter].add_(parameter.grad)
+        self.skip(parameter)
+
+    def skip(self, parameter: nn.Parameter) -> None:
+        """The parameter's gradient has come, and counts for nothing."""
         self._absent_in_backward.discard(parameter)
 
     @property
@@ -101,7 +105,7 @@ class GradientReducer(ABC):
         self.buckets = list(buckets)
         self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self._launched = 0  # of the buckets, in this backward
-        self._reduces = self._in_backward = False
+        self._reduces = self._in_backward = self._counts = False
         for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call] # torch's
 
@@ -121,9 +125,9 @@ class GradientReducer(ABC):
     def _launch(self, bucket: GradientBucket) -> None:
         """Start the bucket's reduction."""
 
-    def begin_backward(self, last: bool) -> None:
-        """Before each backward; last: no other follows in this step."""
-        self._in_backward, self._launched = True, 0
+    def begin_backward(self, last: bool, counts: bool = True) -> None:
+        """Before each backward; last: no other follows in this step. counts: its gradients are added up."""
+        self._in_backward, self._counts, self._launched = True, counts, 0
         self._reduces = self._reduces_in(last)
         for bucket in self.buckets:
             bucket.begin_backward()
@@ -166,9 +170,12 @@ class GradientReducer(ABC):
             return
         assert isinstance(parameter, nn.Parameter)
         bucket = self._bucket_of[parameter]
-        if bucket.flat is None:
-            self._open(bucket)
-        bucket.add(parameter)
+        if not self._counts:
+            bucket.skip(parameter)
+        else:
+            if bucket.flat is None:
+                self._open(bucket)
+            bucket.add(parameter)
         if self._reduces:
             self._launch_all(takewhile(lambda other: other.is_complete, self.buckets[self._launched :]))
         parameter.grad = None  # behind the launch: [Note: memory]
@@ -256,6 +263,8 @@ class OwnGradients(GradientReducer):
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
+        if not self._counts:
+            return
         if parameter in self._held:
             self._held[parameter].add_(gradient)
             return

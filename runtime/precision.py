@@ -83,6 +83,11 @@ class MasterWeights:
         """Ranks that share one copy of the state: this one."""
         return 1
 
+    @property
+    def backward_gathers(self) -> bool:
+        """Whether a rank's backward needs the other ranks' backwards."""
+        return False
+
     def in_forward(self) -> AbstractContextManager[None]:
         """Around each forward of the model."""
         return nullcontext()

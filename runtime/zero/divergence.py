@@ -32,7 +32,8 @@ LONG_S = 30.0
 KEPT = 512
 """Names of gathers that are kept: more than ranks can be apart."""
 
-END_OF_STEP = "the end of the step"
+BACKWARD, END_OF_BACKWARD, END_OF_STEP = "the backward", "the end of the backward", "the end of the step"
+"""Behind them a rank may wait for the others' gradients, which are not among the names."""
 
 
 class Trail(NamedTuple):

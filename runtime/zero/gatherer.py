@@ -14,8 +14,9 @@ allocated.
 
 [Note: saved tensors]
 The backward needs weights that the forward has used, and by then their slot holds another unit. So what autograd
-saves of a slot is kept as (unit, size, stride, offset), and becomes a tensor again when the backward asks for it. Its
-unit stays where it is as long as that tensor lives: one operation may need weights of several units.
+saves of a slot is kept as (unit, size, stride, offset), and becomes a tensor again when the backward asks for it. While
+that tensor lives (one operation may need weights of several units) its memory is no other unit's: a slot that is wanted
+meanwhile gets new memory. So what is gathered when is the same on all ranks, whenever their tensors die.
 """
 
 from __future__ import annotations
@@ -198,7 +199,10 @@ class Gatherer:
             return
         slot = self._free_slot(keep=None) or self._new_slot()
         if slot.unit is not None:
+            is_lent = self._lent[slot.unit] > 0
             self._release(slot.unit)
+            if is_lent:
+                self._renew(slot)
         slot.unit = unit
         unit.start_gather(slot.memory.view(unit.dtype))
         self._touch(unit)
@@ -211,26 +215,28 @@ class Gatherer:
         free = [slot for slot in self._slots if slot.unit is None]
         if free:
             return free[0]
-        idle = [
-            slot for slot in self._slots if slot.unit is not keep and slot.unit is not None and self._is_idle(slot.unit)
-        ]
+        idle = [slot for slot in self._slots if slot.unit is not None and not slot.unit.pins and slot.unit is not keep]
         whole = [slot for slot in idle if slot.unit is not None and slot.unit.state is UnitState.WHOLE]
         if keep is not None:
             idle = whole
         return min(whole or idle, key=lambda slot: slot.used, default=None)
 
-    def _is_idle(self, unit: ZeroUnit) -> bool:
-        return not unit.pins and not self._lent[unit]
-
     def _new_slot(self) -> _Slot:
-        size = max(_LARGEST_ITEM, *(unit.plan.size * unit.dtype.itemsize for unit in self._moving))
-        memory = torch.empty(
-            -(-size // _LARGEST_ITEM) * _LARGEST_ITEM, dtype=torch.uint8, device=self._moving[0].device
-        )
-        slot = _Slot(memory)
+        slot = _Slot(self._new_memory())
         self._slots.append(slot)
-        self._slot_at[memory.untyped_storage().data_ptr()] = slot
+        self._slot_at[slot.memory.untyped_storage().data_ptr()] = slot
         return slot
+
+    def _renew(self, slot: _Slot) -> None:
+        """Leave its memory to those who still use it."""
+        del self._slot_at[slot.memory.untyped_storage().data_ptr()]
+        slot.memory = self._new_memory()
+        self._slot_at[slot.memory.untyped_storage().data_ptr()] = slot
+
+    def _new_memory(self) -> Tensor:
+        size = max(_LARGEST_ITEM, *(unit.plan.size * unit.dtype.itemsize for unit in self._moving))
+        size = -(-size // _LARGEST_ITEM) * _LARGEST_ITEM
+        return torch.empty(size, dtype=torch.uint8, device=self._moving[0].device)
 
     def _touch(self, unit: ZeroUnit) -> None:
         self._clock += 1

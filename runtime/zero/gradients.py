@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.gradients import GradientBucket, GradientReducer
+from dstrain.runtime.zero.divergence import Lookout
 from dstrain.runtime.zero.unit import ZeroUnit, host_memory
 
 POOL = 2
@@ -38,13 +40,16 @@ class ShardedGradients(GradientReducer):
         sharded_accumulation: bool,
         done_with: Callable[[ZeroUnit], None],
         offload: bool = False,
+        lookout: Lookout | None = None,
     ) -> None:
         """units: those that are trained, in the order in which the backward makes their gradients. dtype: of the
-        sums. done_with: told when a backward has made all gradients of a unit. offload: copy sums to the host."""
+        sums. done_with: told when a backward has made all gradients of a unit. offload: copy sums to the host.
+        lookout: told of waits."""
         super().__init__([GradientBucket(unit.plan, unit.parameters, dtype) for unit in units])
         self._units, self._shards, self._replicas, self._dtype = list(units), shards, replicas, dtype
         self._sharded_accumulation, self._done_with = sharded_accumulation, done_with
         self._unit_of = {id(bucket): unit for bucket, unit in zip(self.buckets, units, strict=True)}
+        self._lookout = lookout
         self._free: list[Tensor] = []
         self._memory_of: dict[int, Tensor] = {}
         self._made = 0
@@ -79,12 +84,12 @@ class ShardedGradients(GradientReducer):
             assert gradient is not None
             gradient.mul_(factor)
 
-    def begin_backward(self, last: bool) -> None:
+    def begin_backward(self, last: bool, counts: bool = True) -> None:
         if self._sharded_accumulation:  # what the micro-batch before has launched: its buckets are filled anew
             while self._pending:
                 self._finish_oldest()
         self._is_last = last
-        super().begin_backward(last)
+        super().begin_backward(last, counts)
         if self._sharded_accumulation:
             for bucket in self.buckets:
                 bucket.begin_filling()
@@ -131,7 +136,8 @@ class ShardedGradients(GradientReducer):
 
     def _finish_oldest(self) -> None:
         bucket, pending = self._pending.popleft()
-        pending.wait()
+        with self._lookout.waiting() if self._lookout is not None else nullcontext():
+            pending.wait()
         self._give_back(bucket)
         unit = self._unit_of[id(bucket)]
         if self._is_last and self._replicas.size > 1:

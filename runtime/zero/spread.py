@@ -81,8 +81,9 @@ def spread(
     units = [unit for unit in reversed(weights.units) if unit.is_trained]
     accumulate = zero.accumulate or ("local" if zero.stage == 1 else "sharded")
     sharded = accumulate == "sharded"
+    offloads = offload is not None and offload.optimizer
     return weights, ShardedGradients(
-        units, shards, replicas, dtype, sharded, weights.done_with, offload is not None and offload.optimizer
+        units, shards, replicas, dtype, sharded, weights.done_with, offloads, weights.lookout
     )
 
 

@@ -23,7 +23,7 @@ from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import Algorithm, CommGroup
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import OffloadConfig
-from dstrain.runtime.zero.divergence import END_OF_STEP, Lookout
+from dstrain.runtime.zero.divergence import BACKWARD, END_OF_BACKWARD, END_OF_STEP, Lookout
 from dstrain.runtime.zero.gatherer import Gatherer
 from dstrain.runtime.zero.grouping import Group, by_module, by_size
 from dstrain.runtime.zero.plan import Piece, entry_overlap, plan_unit
@@ -105,6 +105,11 @@ class ShardedWeights:
         """Ranks that share one copy of the state."""
         return self.shards.size
 
+    @property
+    def backward_gathers(self) -> bool:
+        """Whether a rank's backward needs the other ranks' backwards, even where it counts for nothing."""
+        return any(not unit.resident for unit in self.units)
+
     @contextmanager
     def in_forward(self) -> Iterator[None]:
         """Around each forward of the model."""
@@ -118,8 +123,10 @@ class ShardedWeights:
         """Around each backward."""
         self.watch.in_backward = True
         self.gatherer.begin_backward()
+        self._note(BACKWARD)
         try:
             yield
+            self._note(END_OF_BACKWARD)
         finally:
             self.watch.in_backward = False
             self.gatherer.unpin_all()
@@ -147,8 +154,12 @@ class ShardedWeights:
         """Around the collectives that end a step."""
         if self.lookout is None:
             return nullcontext()
-        self.lookout.note(END_OF_STEP)
+        self._note(END_OF_STEP)
         return self.lookout.waiting()
+
+    def _note(self, place: str) -> None:
+        if self.lookout is not None:
+            self.lookout.note(place)
 
     def begin_step(self) -> None:
         """Behind each step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,10 @@ import torch.distributed as dist
 
 torch.set_num_threads(1)  # the ranks share the cores, and a forked process must not inherit a pool of threads
 torch.optim.AdamW([torch.zeros(1)])  # imports torch._dynamo, which takes seconds: once here, not in each rank
+
+# What a failed test before has left behind, such as a store, is not a forked process's to tear down: it would wait for
+# threads that it does not have.
+os.register_at_fork(after_in_child=gc.freeze)
 
 RunRanks = Callable[..., list[Any]]
 

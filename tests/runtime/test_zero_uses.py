@@ -1,0 +1,325 @@
+"""Whatever a model does with its parameters, every stage of ZeRO equals stage 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zero_oracle import (
+    LANGUAGE,
+    MODEL,
+    ODD,
+    STAGES,
+    Forward,
+    Frozen,
+    Odd,
+    Residual,
+    RunRanks,
+    compare,
+    engine_of,
+    gpt,
+    language,
+    only,
+    samples_of,
+    train_step,
+    trained,
+)
+
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.engine import Engine
+from dstrain.runtime.models.gpt import GPT, next_token_loss
+from dstrain.runtime.models.language import generate
+from dstrain.runtime.spec.training_config import (
+    PrecisionConfig,
+)
+
+
+class Twice(Odd):
+    """The blocks are run through twice."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in [*self.blocks, *self.blocks]:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class SeveralTypes(Odd):
+    """Parameters of three dtypes, one of them within a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position.double()
+        self.blocks[1].linear.bfloat16()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.token(tokens) + self.position.weight[: tokens.shape[1]].float()
+        return x
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + torch.tanh(block.linear(block.norm(x).to(block.linear.weight.dtype)).float())
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class TwoWeightsInOneOperation(Odd):
+    """The product of weights of two modules: the backward needs both at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(11, 11, bias=False)
+        self.second = nn.Linear(11, 11, bias=False)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return super().embed(tokens) @ (self.first.weight @ self.second.weight)
+
+
+class Giving(nn.Module):
+    """Its forward gives its own parameter, as learnt queries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.randn(MODEL.context, 11))
+
+    def forward(self) -> Tensor:
+        return self.values
+
+
+class GivenWeights(Odd):
+    """What a module gave is used when its forward is long over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.giving = Giving()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, queries = self.embed(tokens), self.giving()
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x * queries[: tokens.shape[1]])
+        return logits
+
+
+class Recurrent(Odd):
+    """A module with eight parameters of its own, outside of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(11, 11, num_layers=2, batch_first=True)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.memory(super().embed(tokens))[0]
+        return x
+
+
+class Empty(Odd):
+    """Parameters of no elements, of no dimensions, and of a single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.nothing = nn.Parameter(torch.zeros(0, 3))
+        self.one = nn.Parameter(torch.ones(1))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return super().embed(tokens) * self.scale * self.one + self.nothing.sum()
+
+
+class Shared(Odd):
+    """One block stands in two places, and the head is the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.append(self.blocks[0])
+        self.head.weight = self.token.weight
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Odd, Twice, SeveralTypes, Frozen, TwoWeightsInOneOperation, GivenWeights, Recurrent, Empty, Shared],
+)
+def test_models(run_ranks: RunRanks, model: Callable[[], nn.Module]) -> None:
+    compare(run_ranks, 3, replace(ODD, model=model, accumulation=2))
+
+
+@pytest.mark.parametrize("model", [Odd, Twice, Frozen, Shared, gpt])
+@pytest.mark.parametrize("checkpointing", ["all", 2])
+def test_activation_checkpointing(run_ranks: RunRanks, model: Callable[[], nn.Module], checkpointing: Any) -> None:
+    training = replace(ODD, model=model, checkpointing=checkpointing, accumulation=2)
+    compare(run_ranks, 2, training, only("2", "3") | {"3, local": STAGES["3"] | {"accumulate": "local"}})
+
+
+class Branches(Odd):
+    """Each step and rank leaves out another block."""
+
+    left_out = 0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for number, block in enumerate(self.blocks):
+            if number != self.left_out:
+                x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def branching(engine: Engine, samples: Tensor, same: bool = False) -> Tensor:
+    engine.module.left_out = (engine.global_step + engine.micro_step + (0 if same else engine.rank)) % 3
+    return language(engine, samples)
+
+
+def branching_alike(engine: Engine, samples: Tensor) -> Tensor:
+    return branching(engine, samples, same=True)
+
+
+class Scaled(Residual):
+    """Its scale is a part of its unit that may be left out."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, scales: bool = True) -> Tensor:
+        x = super().forward(x)
+        return x * self.scale if scales else x
+
+
+class PartOfUnit(Odd):
+    """Each rank leaves out another part of a block: all gather it, but its gradients are complete at other times."""
+
+    left_out = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Scaled(11) for _ in range(3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for number, block in enumerate(self.blocks):
+            x = block(x, scales=number != self.left_out)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.mark.parametrize("comm", ["pairwise", "ring"])
+def test_ranks_that_use_other_parts_of_units(run_ranks: RunRanks, comm: str) -> None:
+    training = replace(ODD, model=PartOfUnit, forward=branching, accumulation=2)
+    compare(run_ranks, 3, training, only("2", "3", comm=comm))
+
+
+@pytest.mark.parametrize("comm", ["pairwise", "ring"])
+def test_ranks_that_use_other_parameters(run_ranks: RunRanks, comm: str) -> None:
+    training = replace(ODD, model=Branches, forward=branching, accumulation=2)
+    compare(run_ranks, 3, training, only("1", "2", comm=comm))
+    compare(run_ranks, 2, replace(training, forward=branching_alike), only("1", "2", "3", comm=comm))
+
+
+def tied_head(engine: Engine, samples: Tensor) -> Tensor:
+    """The head is the embedding, used in the loss."""
+    hidden = engine(samples[:, :-1])
+    return next_token_loss(F.linear(hidden, engine.module.token.weight), samples)
+
+
+def head_outside(engine: Engine, samples: Tensor) -> Tensor:
+    """The head's forward is called in the loss, and then another module's."""
+    hidden = engine(samples[:, :-1])
+    logits = engine.module.head(hidden)
+    scale = engine.module.blocks[0](hidden).square().mean()
+    return next_token_loss(logits, samples) + scale
+
+
+class Headless(Odd):
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("forward", [tied_head, head_outside])
+@pytest.mark.parametrize("checkpointing", [None, "all"])
+def test_weights_used_in_the_loss(run_ranks: RunRanks, forward: Forward, checkpointing: Any) -> None:
+    compare(run_ranks, 2, replace(ODD, model=Headless, forward=forward, accumulation=2, checkpointing=checkpointing))
+
+
+def around_the_engine(engine: Engine, samples: Tensor) -> Tensor:
+    """The model itself is called, not the engine."""
+    return next_token_loss(engine.module(samples[:, :-1]), samples)
+
+
+@pytest.mark.parametrize("checkpointing", [None, "all"])
+def test_a_model_that_is_called_itself(run_ranks: RunRanks, checkpointing: Any) -> None:
+    compare(run_ranks, 2, replace(LANGUAGE, forward=around_the_engine, checkpointing=checkpointing))
+
+
+def evaluate(engine: Engine) -> None:
+    """Validation with the averages, text, and a forward whose result is thrown away."""
+    samples = samples_of(engine, rows=3)
+    engine.module.eval()
+    with torch.no_grad(), engine.averaged():
+        losses = [language(engine, samples).item() for _ in range(2)]
+        assert losses[0] == losses[1] == around_the_engine(engine, samples).item()
+    generator = torch.Generator().manual_seed(0)
+    generate(engine.module, samples[0, :2], 3, temperature=1.0, generator=generator, context=MODEL.context)
+    engine.module.train()
+    language(engine, samples)
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_evaluation_between_steps(run_ranks: RunRanks, ema_decay: float | None, dtype: Any) -> None:
+    training = replace(
+        LANGUAGE, between=evaluate, ema_decay=ema_decay, precision=PrecisionConfig(dtype=dtype), clip=None
+    )
+    compare(run_ranks, 2, training, atol=0.0)
+
+
+def evaluated_within(engine: Engine, samples: Tensor) -> Tensor:
+    """An evaluation between two micro-batches."""
+    evaluate(engine)
+    return language(engine, samples)
+
+
+def test_evaluation_between_micro_batches(run_ranks: RunRanks) -> None:
+    compare(run_ranks, 2, replace(LANGUAGE, forward=evaluated_within, accumulation=2))
+
+
+def test_every_way_to_read_parameters_behind_a_step_shows_the_new_ones(run_ranks: RunRanks) -> None:
+    def work(rank: int) -> None:
+        with Communicator.connect() as comm:
+            for stage in (1, 2):
+                engine = engine_of(replace(LANGUAGE, clip=None), comm, STAGES[str(stage)])
+                expected = trained(comm, replace(LANGUAGE, clip=None, steps=1), {"stage": 0}).parameters
+                for read in (by_state_dict, by_parameters, by_attributes):
+                    engine = engine_of(replace(LANGUAGE, clip=None), comm, STAGES[str(stage)])
+                    train_step(engine, LANGUAGE)
+                    for name, value in read(engine.module).items():
+                        assert torch.equal(value, expected[name]), (read, stage, name)
+
+    run_ranks(2, work)
+
+
+def by_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    values.pop("head.weight")
+    return values
+
+
+def by_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def by_attributes(model: nn.Module) -> dict[str, Tensor]:
+    assert isinstance(model, GPT)
+    return {
+        "blocks.2.mlp.2.weight": model.blocks[2].mlp[2].weight.detach().clone(),
+        "token.weight": model.token.weight.detach().clone(),
+    }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from zero_oracle import (
     LANGUAGE,
     MODEL,
@@ -155,6 +156,35 @@ def test_models(run_ranks: RunRanks, model: Callable[[], nn.Module]) -> None:
 def test_activation_checkpointing(run_ranks: RunRanks, model: Callable[[], nn.Module], checkpointing: Any) -> None:
     training = replace(ODD, model=model, checkpointing=checkpointing, accumulation=2)
     compare(run_ranks, 2, training, only("2", "3") | {"3, local": STAGES["3"] | {"accumulate": "local"}})
+
+
+class OwnCheckpointing(Odd):
+    """It calls torch's checkpointing itself, over two blocks at once."""
+
+    def __init__(self, use_reentrant: bool, frozen: bool) -> None:
+        super().__init__(layers=6)
+        self.use_reentrant = use_reentrant
+        for block in self.blocks[2:4]:
+            block.requires_grad_(not frozen)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for first in range(0, 6, 2):
+            x = checkpoint(self.two, first, x, use_reentrant=self.use_reentrant)
+        logits: Tensor = self.head(x)
+        return logits
+
+    def two(self, first: int, x: Tensor) -> Tensor:
+        x = self.blocks[first](x)
+        y: Tensor = self.blocks[first + 1](x)
+        return y
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_models_own_checkpointing(run_ranks: RunRanks, use_reentrant: bool, frozen: bool) -> None:
+    training = replace(ODD, model=lambda: OwnCheckpointing(use_reentrant, frozen), accumulation=2)
+    compare(run_ranks, 2, training, only("2", "3"))
 
 
 class Branches(Odd):

@@ -127,7 +127,7 @@ class Engine:
         trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         whole_tensors = config.zero.stage > 0 and needs_whole_tensors(optimizer, trained)
         self.weights, self.gradients = spread(
-            module, comm, config.zero, config.parallel, config.precision, whole_tensors, fill
+            module, comm, config.zero, config.parallel, config.precision, whole_tensors, fill, config.compile
         )
         self._parameters = dict(module.named_parameters())
         self._broadcast_buffers()

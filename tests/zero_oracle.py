@@ -64,6 +64,7 @@ class Training:
     precision: PrecisionConfig = PrecisionConfig()  # noqa: RUF009 # frozen
     parallel: ParallelConfig = ParallelConfig()  # noqa: RUF009
     ema_decay: float | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def engine_of(training: Training, comm: Communicator, zero: Mapping[str, Any]) -
             accumulation=training.accumulation,
             precision=training.precision,
             ema_decay=training.ema_decay,
+            compile=training.compile,
         ),
         optimizer,
         schedule,

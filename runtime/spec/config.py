@@ -241,6 +241,9 @@ def _of_sharding(job: JobConfig) -> Iterator[Contradiction]:
         yield Contradiction(("zero", "offload", "parameters"), expected, "false")
     if zero.stage == 0 and parallel.data_shard is not None and parallel.data_shard > 1:
         yield Contradiction(("parallel", "data_shard"), "stage 1, 2 or 3 to shard", "stage 0")
+    if zero.stage == 3 and job.train.compile:
+        keep = "its parameters come and go between operations"
+        yield Contradiction(("train", "compile"), f"false at stage 3 ({keep}), or stage 2", "true")
     if zero.stage == 3 and job.precision.autocast:
         found, keep = "true", "it would keep a cast copy of every weight; precision.dtype: bf16 does not"
         yield Contradiction(("precision", "autocast"), f"false at stage 3 ({keep})", found)

@@ -190,7 +190,9 @@ class TrainConfig(Section):
         default=None,
         description="Blocks that recompute their activations: all, every k-th, or modules by patterns of names.",
     )
-    compile: bool = Field(default=False, description="Compile the model's forward with torch.compile.")
+    compile: bool = Field(
+        default=False, description="Compile the model's forward with torch.compile; below zero.stage 3."
+    )
     ema_decay: OpenFraction | None = Field(
         default=None, description="Keep an exponential moving average of the weights, and validate with it."
     )

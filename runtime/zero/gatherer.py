@@ -131,6 +131,12 @@ class Gatherer:
             if unit.resident and unit.state is UnitState.SHARDED:
                 self._start(unit)
 
+    def finish_residents(self) -> None:
+        """Wait for all that `start_residents` has begun."""
+        for unit in self.units:
+            if unit.resident and unit.state is UnitState.GATHERING:
+                unit.finish_gather()
+
     def pin(self, unit: ZeroUnit) -> None:
         """Keep the unit where it is until `unpin`."""
         unit.pins += 1

@@ -34,11 +34,13 @@ def spread(
     precision: PrecisionConfig,
     whole_tensors: bool,
     fill: Callable[[Tensor], object],
+    compiled: bool = False,
 ) -> tuple[Weights, GradientReducer]:
     """Move the model to this rank's device, rank 0's parameters to all, and make what holds them and their gradients.
 
     Parameters in fp32 become `precision`'s. whole_tensors: for an optimizer that looks at whole tensors. fill: gives a
-    parameter its numbers, on rank 0, just before they are needed. Raises UsageError where ranks and groups do not fit.
+    parameter its numbers, on rank 0, just before they are needed. compiled: the model's forward will be. Raises
+    UsageError where ranks and groups do not fit.
     """
     dtype = DTYPES[precision.reduce_dtype or "fp32"]
     shard_size = _shard_size(comm, zero, parallel)
@@ -77,6 +79,7 @@ def spread(
         comm_wish=zero.comm,
         offload=offload,
         fill=fill,
+        watched=not compiled,
     )
     units = [unit for unit in reversed(weights.units) if unit.is_trained]
     accumulate = zero.accumulate or ("local" if zero.stage == 1 else "sharded")

@@ -62,10 +62,12 @@ class ShardedWeights:
         comm_wish: str = "auto",
         offload: OffloadConfig | None = None,
         fill: Callable[[Tensor], object] = lambda parameter: None,
+        watched: bool = True,
     ) -> None:
         """resident_elements: units of fewer stay whole at stage 3; keep_whole: all of them, from step to step.
         whole_tensors: cut only between parameters. dtype: of parameters that are fp32 now. comm_wish: zero.comm. fill:
-        gives a parameter its numbers, on rank 0, just before they are needed."""
+        gives a parameter its numbers, on rank 0, just before they are needed. watched: modules have hooks; without,
+        which a compiler needs and stage 3 cannot, everyone waits behind each step."""
         self.stage, self.shards = stage, shards
         self._wish = comm_wish
         self._offload = offload or OffloadConfig()
@@ -86,7 +88,9 @@ class ShardedWeights:
         for unit, group in zip(self.units, groups, strict=True):
             of_module.setdefault(group.module, []).append(unit)
         blocks = {module: units for module, units in of_module.items() if module}
-        self.watch = Watch(model, self.gatherer, blocks)
+        assert watched or stage < 3
+        self.watch = Watch(model if watched else nn.Module(), self.gatherer, blocks)
+        self._is_watched = watched
         self._masters: dict[ZeroUnit, Tensor] = {}
         pieces = {name: made for unit in self.units if unit.is_trained for name, made in self._make_pieces(unit)}
         self.pieces = {name: pieces[name] for name, _ in model.named_parameters() if name in pieces}
@@ -176,6 +180,8 @@ class ShardedWeights:
                 unit.shard.copy_(master, non_blocking=True)
         self.gatherer.forget()
         self.gatherer.start_residents()
+        if not self._is_watched:
+            self.gatherer.finish_residents()
 
     def restored(self) -> None:
         """Parameters, and masters where they `exist`, have been put back: everyone needs them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,6 +36,8 @@ from dstrain.runtime.comm import Communicator
 from dstrain.runtime.engine import Engine
 from dstrain.runtime.models.gpt import GPT, next_token_loss
 from dstrain.runtime.models.language import generate
+from dstrain.runtime.spec.errors import ConfigError
+from dstrain.runtime.spec.load import job_of
 from dstrain.runtime.spec.training_config import (
     PrecisionConfig,
 )
@@ -303,13 +306,12 @@ def evaluate(engine: Engine) -> None:
     language(engine, samples)
 
 
-@pytest.mark.parametrize("ema_decay", [None, 0.5])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("ema_decay", "dtype"), [(None, "fp32"), (0.5, "fp32"), (0.5, "bf16")])
 def test_evaluation_between_steps(run_ranks: RunRanks, ema_decay: float | None, dtype: Any) -> None:
     training = replace(
         LANGUAGE, between=evaluate, ema_decay=ema_decay, precision=PrecisionConfig(dtype=dtype), clip=None
     )
-    compare(run_ranks, 2, training, atol=0.0)
+    compare(run_ranks, 2, training, only("1", "3"), atol=0.0)
 
 
 def evaluated_within(engine: Engine, samples: Tensor) -> Tensor:
@@ -319,7 +321,7 @@ def evaluated_within(engine: Engine, samples: Tensor) -> Tensor:
 
 
 def test_evaluation_between_micro_batches(run_ranks: RunRanks) -> None:
-    compare(run_ranks, 2, replace(LANGUAGE, forward=evaluated_within, accumulation=2))
+    compare(run_ranks, 2, replace(LANGUAGE, forward=evaluated_within, accumulation=2), only("2", "3"))
 
 
 def test_every_way_to_read_parameters_behind_a_step_shows_the_new_ones(run_ranks: RunRanks) -> None:
@@ -353,3 +355,20 @@ def by_attributes(model: nn.Module) -> dict[str, Tensor]:
         "blocks.2.mlp.2.weight": model.blocks[2].mlp[2].weight.detach().clone(),
         "token.weight": model.token.weight.detach().clone(),
     }
+
+
+def test_compiled(run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the backend that traces forward and backward, but leaves out the slow generation of code: no hook of ours
+    breaks the graph, and no step is compiled anew."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    training = replace(ODD, compile=True, checkpointing="all", between=compiled_once)
+    compare(run_ranks, 2, training, only("2"))
+
+
+def compiled_once(engine: Engine) -> None:
+    torch._dynamo.config.error_on_recompile = True
+
+
+def test_at_stage_3_nothing_is_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"train.compile: expected false at stage 3 \(.*\), or stage 2, found true"):
+        job_of({"zero": {"stage": 3}, "train": {"compile": True}})

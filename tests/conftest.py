@@ -13,9 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 import lab
+
+hypothesis.settings.register_profile("dstrain", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("dstrain")
 
 # Under nohup, or in the background of a script, these are ignored, and whatever a test starts would inherit that.
 for _number, _usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

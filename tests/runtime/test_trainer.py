@@ -75,6 +75,7 @@ def test_one_process_and_ranks_train_alike(
         assert losses(events, "step", "lr") == losses(alone, "step", "lr")
 
 
+@pytest.mark.slow  # torch's compiler takes minutes on busy cores
 def test_compiled_and_recomputed_it_trains_alike(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the compiler's own backend, in a process of its own; validation and averaged weights among it."""
     job.write_text(job.read_text().replace("train: {", "train: {ema_decay: 0.5, "))

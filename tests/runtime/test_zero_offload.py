@@ -28,7 +28,7 @@ def train(comm: Communicator, stage: int, dtype: str, offload: OffloadConfig | N
         return ShardedWeights(*args, **{**kwargs, "offload": offload})  # type: ignore[arg-type]
 
     def gradients(*args: object) -> ShardedGradients:
-        return ShardedGradients(*args[:-1], offload is not None)  # type: ignore[arg-type]
+        return ShardedGradients(*args[:-2], offload is not None, args[-1])  # type: ignore[arg-type]
 
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]

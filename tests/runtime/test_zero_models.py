@@ -23,6 +23,8 @@ from dstrain.runtime.models.language import logits_of
 from dstrain.runtime.spec.model_config import HFConfig, ModelConfig
 from dstrain.runtime.spec.training_config import PrecisionConfig
 
+pytestmark = pytest.mark.slow  # three steps of each at every stage
+
 _DECODER = {"hidden_size": 20, "intermediate_size": 36, "num_attention_heads": 2, "num_hidden_layers": 3}
 HF: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_DECODER, "vocab_size": 37, "max_position_embeddings": 16},

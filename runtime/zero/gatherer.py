@@ -14,15 +14,12 @@ allocated.
 
 [Note: saved tensors]
 The backward needs weights that the forward has used, and by then their slot holds another unit. So what autograd
-saves of a slot is kept as (unit, size, stride, offset), and becomes a tensor again when the backward asks for it. While
-that tensor lives (one operation may need weights of several units) its memory is no other unit's: a slot that is wanted
-meanwhile gets new memory. So what is gathered when is the same on all ranks, whenever their tensors die.
+saves of a slot is kept as (unit, size, stride, offset), and becomes a tensor again when the backward asks for it. One
+operation may need weights of several units: what its node has asked for stays until it is another node's turn.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -72,7 +69,8 @@ class Gatherer:
         self._clock = 0
         self._is_recording = False
         self._is_saving = False
-        self._lent: Counter[ZeroUnit] = Counter()  # tensors that the backward has of each, and still uses
+        self._node: int | None = None  # of the backward: the last that has asked for weights
+        self._node_uses: set[ZeroUnit] = set()
 
     # --- what is whole -----------------------------------------------------------------------------------------
 
@@ -186,14 +184,11 @@ class Gatherer:
         if isinstance(saved, Tensor):
             return saved
         self.demand(saved.unit)
+        if self._node != (node := _current_node()):
+            self._node, self._node_uses = node, set()
+        self._node_uses.add(saved.unit)
         assert saved.unit.full is not None
-        tensor = saved.unit.full.as_strided(saved.size, saved.stride, saved.offset)
-        self._lent[saved.unit] += 1
-        weakref.finalize(tensor, self._take_back, saved.unit).atexit = False
-        return tensor
-
-    def _take_back(self, unit: ZeroUnit) -> None:
-        self._lent[unit] -= 1
+        return saved.unit.full.as_strided(saved.size, saved.stride, saved.offset)
 
     # --- slots -------------------------------------------------------------------------------------------------
 
@@ -205,10 +200,7 @@ class Gatherer:
             return
         slot = self._free_slot(keep=None) or self._new_slot()
         if slot.unit is not None:
-            is_lent = self._lent[slot.unit] > 0
             self._release(slot.unit)
-            if is_lent:
-                self._renew(slot)
         slot.unit = unit
         unit.start_gather(slot.memory.view(unit.dtype))
         self._touch(unit)
@@ -221,28 +213,26 @@ class Gatherer:
         free = [slot for slot in self._slots if slot.unit is None]
         if free:
             return free[0]
-        idle = [slot for slot in self._slots if slot.unit is not None and not slot.unit.pins and slot.unit is not keep]
+        in_use = self._node_uses if self._node == _current_node() else set()
+        idle = [
+            slot
+            for slot in self._slots
+            if slot.unit is not None and slot.unit is not keep and not slot.unit.pins and slot.unit not in in_use
+        ]
         whole = [slot for slot in idle if slot.unit is not None and slot.unit.state is UnitState.WHOLE]
         if keep is not None:
             idle = whole
         return min(whole or idle, key=lambda slot: slot.used, default=None)
 
     def _new_slot(self) -> _Slot:
-        slot = _Slot(self._new_memory())
-        self._slots.append(slot)
-        self._slot_at[slot.memory.untyped_storage().data_ptr()] = slot
-        return slot
-
-    def _renew(self, slot: _Slot) -> None:
-        """Leave its memory to those who still use it."""
-        del self._slot_at[slot.memory.untyped_storage().data_ptr()]
-        slot.memory = self._new_memory()
-        self._slot_at[slot.memory.untyped_storage().data_ptr()] = slot
-
-    def _new_memory(self) -> Tensor:
         size = max(_LARGEST_ITEM, *(unit.plan.size * unit.dtype.itemsize for unit in self._moving))
-        size = -(-size // _LARGEST_ITEM) * _LARGEST_ITEM
-        return torch.empty(size, dtype=torch.uint8, device=self._moving[0].device)
+        memory = torch.empty(
+            -(-size // _LARGEST_ITEM) * _LARGEST_ITEM, dtype=torch.uint8, device=self._moving[0].device
+        )
+        slot = _Slot(memory)
+        self._slots.append(slot)
+        self._slot_at[memory.untyped_storage().data_ptr()] = slot
+        return slot
 
     def _touch(self, unit: ZeroUnit) -> None:
         self._clock += 1
@@ -273,3 +263,9 @@ class Gatherer:
             return
         if following.resident or self._free_slot(keep=unit) is not None:
             self._start(following)
+
+
+def _current_node() -> int | None:
+    """The number of the operation that the backward differentiates at this moment."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())

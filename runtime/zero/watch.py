@@ -40,7 +40,8 @@ class Watch:
         for name, module in model.named_modules(remove_duplicate=True):
             own = [unit_of[p] for p in module.parameters(recurse=False) if p in unit_of]
             units = list(dict.fromkeys([*units_of_module.get(name, ()), *own]))
-            if units or module is model:
+            near = [unit_of[p] for child in module.children() for p in child.parameters(recurse=False) if p in unit_of]
+            if units or module is model or any(not unit.resident for unit in near):  # near: read as attributes
                 self._hook(module, units)
             if own:
                 module._parameters = _Watched(module._parameters, unit_of, self)

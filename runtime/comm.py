@@ -85,11 +85,11 @@ class Communicator:
         work: Pending = dist.all_reduce(tensor, async_op=True)
         return work
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        """Replace `tensor` by rank 0's, in place."""
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Replace `tensor` by rank `source`'s, in place."""
         if self.world_size > 1:
             self.traffic_bytes += tensor.nbytes * (self.world_size - 1) // self.world_size
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=source)
 
     def all_gather_object(self, item: T) -> list[T]:
         """Each rank's `item`, in the order of ranks. For small things such as a hash: it is pickled."""
@@ -118,23 +118,29 @@ class Communicator:
         """Wait until all ranks are here."""
         self.all_reduce(torch.zeros(1, device=self.device))
 
-    def groups(self, shard_size: int) -> tuple[CommGroup, CommGroup]:
+    def groups(self, shard_size: int, native: bool = False) -> tuple[CommGroup, CommGroup]:
         """This rank's shard group, `shard_size` neighbouring ranks, and its replicas: those with its place in theirs.
 
-        All ranks call it. shard_size divides the number of ranks.
+        All ranks call it. shard_size divides the number of ranks. native: the backend's own collectives will be used,
+        which need other connections for reductions than for gathers.
         """
         count = self.world_size // shard_size
         shards = [[start * shard_size + place for place in range(shard_size)] for start in range(count)]
         replicas = [[start * shard_size + place for start in range(count)] for place in range(shard_size)]
-        return self._group_among(shards), self._group_among(replicas)
+        return self._group_among(shards, native), self._group_among(replicas)
 
-    def _group_among(self, partition: list[list[int]]) -> CommGroup:
+    def everyone(self) -> CommGroup:
+        """All ranks, over connections of their own."""
+        return self._group_among([list(range(self.world_size))])
+
+    def _group_among(self, partition: list[list[int]], native: bool = False) -> CommGroup:
         own = None
         for ranks in partition:
             # Each with connections of its own, so that gathers do not queue behind the job's all-reduces.
             made = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 else None
+            reducing = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 and native else None
             if self.rank in ranks:
-                own = CommGroup(made, self.device, self._count, ranks)
+                own = CommGroup(made, self.device, self._count, ranks, reducing)
         assert own is not None
         return own
 

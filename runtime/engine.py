@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.ema import WeightAverage
+from dstrain.runtime.hooks import Hook
 from dstrain.runtime.loss_scale import LossScaler
 from dstrain.runtime.optimizers import set_learning_rate
 from dstrain.runtime.precision import DTYPES, first_non_finite
@@ -140,7 +141,9 @@ class Engine:
         self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
         self.scaler = LossScaler(config.precision.loss_scale, enabled=config.precision.dtype == "fp16")
         self.average = WeightAverage(self.trained, config.ema_decay) if config.ema_decay else None
-        self._buffer_names = {name for name, _ in module.named_buffers()}
+        self._is_ordered = False
+        adopt = Hook(lambda *_: self.weights.adopt(list(module.parameters())))
+        module.register_load_state_dict_post_hook(adopt)  # type: ignore[no-untyped-call] # torch's
         self._forward: Callable[..., Any] = torch.compile(module) if config.compile else module
         # Sum of the loss, tokens, stop, save, squares of gradients.
         self._totals = torch.zeros(5, dtype=torch.float64, device=comm.device)
@@ -236,9 +239,11 @@ class Engine:
             yield
             return
         try:
+            self.weights.settle()
             with self.average.swapped():
                 self.weights.publish()
                 yield
+                self.weights.settle()
         finally:
             self.weights.publish()
 
@@ -276,7 +281,6 @@ class Engine:
             "loss_scale": self.scaler.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average_updates": self.average.updates if self.average else 0,
-            "layout": self.weights.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -287,14 +291,30 @@ class Engine:
         self.gradients.begin_step()
         self.scaler.load_state_dict(state["loss_scale"])
         self.schedule.load_state_dict(state["schedule"])
-        self.weights.load_state_dict(state.get("layout", {}))
 
     @torch.no_grad()
     def share_buffers(self) -> None:
         """Rank 0's buffers (a batch norm's statistics) on all ranks: what is validated and saved is one model."""
-        for name, tensor in self.module.state_dict().items():
-            if name in self._buffer_names:
-                self.comm.broadcast(tensor)
+        for module in self.module.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    self.comm.broadcast(buffer)
+
+    @contextlib.contextmanager
+    def whole(self, parameters: Iterable[nn.Parameter], changed_on: int | None = None) -> Iterator[None]:
+        """Inside, these parameters of the model have all their elements, at every stage; on all ranks.
+
+        What rank `changed_on` writes to them inside becomes everyone's; what is written without it is lost at stage 3,
+        and makes ranks differ at others.
+        """
+        chosen = list(parameters)
+        with self.weights.whole(chosen), torch.no_grad():
+            yield
+            if changed_on is not None:
+                for parameter in chosen:
+                    self.comm.broadcast(parameter.data, changed_on)
+                self.weights.adopt(chosen)
+                self.comm.barrier()
 
     # --- the step ----------------------------------------------------------------------------------------------
 
@@ -331,11 +351,14 @@ class Engine:
             raise NonFiniteError(f"step {step}: expected a finite loss, found {result.loss}{where}; {_REMEDY}")
         if not math.isfinite(result.grad_norm):
             here = first_non_finite([(name, gradient) for name, _, gradient in self.weights.with_gradients()])
-            found = next((each for each in self.comm.all_gather_object(here) if each), None)
+            words = self.comm.all_gather_object((here, self.gradients.sample_is_finite()))
+            found = next((named for named, _ in words if named), None)
             more = f" and {found[1] - 1} more" if found and found[1] > 1 else ""
             where = f" (in {found[0]}{more})" if found else " (its square overflows)"
+            ranks = [rank for rank, (_, is_finite) in enumerate(words) if not is_finite]
+            whose = f" on {ranks_in_words(ranks)}" if 0 < len(ranks) < self.world_size else ""
             raise NonFiniteError(
-                f"step {step}: expected a finite gradient, found norm {result.grad_norm}{where}; {_REMEDY}"
+                f"step {step}: expected a finite gradient, found norm {result.grad_norm}{where}{whose}; {_REMEDY}"
             )
 
     def _update(self, scale: float) -> None:
@@ -351,6 +374,9 @@ class Engine:
             self.average.update()
 
     def _begin_step(self) -> None:
+        if not self._is_ordered:
+            self.gradients.launch_in(self.comm.all_gather_object(self.gradients.order())[0])
+            self._is_ordered = True
         self.global_step += 1
         self.micro_step = 0
         self._totals.zero_()

@@ -5,9 +5,14 @@ Gradients live in flat buckets, in the order in which the backward makes them (t
 parameters'). A hook on each parameter moves its gradient into the bucket as soon as autograd has it: copied
 on the first micro-batch, added on later ones; `p.grad` is free again at once. In the last micro-batch's
 backward a bucket that has all its gradients starts its reduction while the backward goes on. Buckets start
-strictly in order, for collectives are matched by order, and ranks may get their gradients in different
-orders. What the backwards leave out (a parameter that no loss depends on) is reduced as zero, so that ranks
-that take different branches cannot wait for each other.
+strictly in one order, for collectives are matched by order, and ranks may get their gradients in different
+orders: in that of the first step on rank 0, so that a parameter that nothing uses holds nobody up. What the
+backwards leave out (a parameter that no loss depends on) is reduced as zero, so that ranks that take different
+branches cannot wait for each other.
+
+[Note: whose gradient]
+A sum that is not finite does not tell whose part was not. So each rank keeps a few of its own numbers of every
+bucket, some of every parameter, before they become sums.
 
 [Note: memory]
 A collective under way holds a few small objects until the step's end. Had they the memory of a gradient just freed
@@ -25,9 +30,11 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from dstrain.runtime.comm import Communicator
-from dstrain.runtime.comm_group import Pending
+from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.zero.plan import UnitPlan
+
+_SAMPLED = 1024
+"""Of each bucket. [Note: whose gradient]"""
 
 _NORM_ELEMENTS = 1 << 18
 """torch adds squares in fp32 on the CPU: the norm of 30 Mi numbers is wrong by 2e-3, of 256 Ki by 2e-6."""
@@ -45,6 +52,8 @@ class GradientBucket:
         self.views: dict[nn.Parameter, Tensor] = {}
         self._absent = set(parameters)  # no gradient since the bucket was filled anew
         self._absent_in_backward = set(parameters)
+        self._places: Tensor | None = None
+        self._found = self._sampled = torch.empty(0)
 
     def open(self, flat: Tensor) -> None:
         """Take `flat`, of plan.size elements, for the gradients; what is no parameter's is zeroed."""
@@ -86,6 +95,28 @@ class GradientBucket:
         for parameter in self._absent:
             self.views[parameter].zero_()
 
+    def sample(self) -> None:
+        """Keep some of the numbers, added to those that were kept before. [Note: whose gradient]"""
+        assert self.flat is not None
+        if self._places is None:
+            counts = [max(1, entry.numel * _SAMPLED // max(1, self.plan.size)) for entry in self.plan.entries]
+            even = [
+                torch.linspace(entry.start, entry.stop - 1, min(count, entry.numel)).long()
+                for entry, count in zip(self.plan.entries, counts, strict=True)
+            ]
+            self._places = torch.cat(even).clamp_(0, self.plan.size - 1).to(self.flat.device)
+            self._sampled = torch.zeros_like(self._places, dtype=self.dtype)
+            self._found = torch.zeros_like(self._sampled)
+        self._sampled.add_(torch.index_select(self.flat, 0, self._places, out=self._found))
+
+    def forget_sample(self) -> None:
+        """Another step begins."""
+        self._sampled.zero_()
+
+    def is_sample_finite(self) -> bool:
+        """Whether what was kept of this rank's own numbers is finite."""
+        return bool(self._sampled.isfinite().all())
+
     def begin_backward(self) -> None:
         """Expect every gradient once."""
         self._absent_in_backward = set(self.parameters)
@@ -104,7 +135,10 @@ class GradientReducer(ABC):
     def __init__(self, buckets: Sequence[GradientBucket]) -> None:
         self.buckets = list(buckets)
         self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
+        self._in_order = list(range(len(self.buckets)))
         self._launched = 0  # of the buckets, in this backward
+        self._completed: list[int] = []  # in this backward, by their numbers
+        self._number_of = {id(bucket): number for number, bucket in enumerate(self.buckets)}
         self._reduces = self._in_backward = self._counts = False
         for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call] # torch's
@@ -127,7 +161,7 @@ class GradientReducer(ABC):
 
     def begin_backward(self, last: bool, counts: bool = True) -> None:
         """Before each backward; last: no other follows in this step. counts: its gradients are added up."""
-        self._in_backward, self._counts, self._launched = True, counts, 0
+        self._in_backward, self._counts, self._launched, self._completed = True, counts, 0, []
         self._reduces = self._reduces_in(last)
         for bucket in self.buckets:
             bucket.begin_backward()
@@ -138,7 +172,19 @@ class GradientReducer(ABC):
         """Behind each backward: what a reducing one has left out is reduced too."""
         self._in_backward = False
         if self._reduces:
-            self._launch_all(self.buckets[self._launched :])
+            self._launch_all(self._waiting())
+
+    def order(self) -> list[int]:
+        """The numbers of the buckets as the last backward has made their gradients; at the end those it has not."""
+        return [*self._completed, *(number for number in self._in_order if number not in self._completed)]
+
+    def launch_in(self, order: Sequence[int]) -> None:
+        """Reduce the buckets in this order from now on; the same on all ranks."""
+        self._in_order = list(order)
+
+    def sample_is_finite(self) -> bool:
+        """Whether this rank's own gradients of the step look finite. [Note: whose gradient]"""
+        return all(bucket.is_sample_finite() for bucket in self.buckets)
 
     def squares(self) -> Tensor:
         """The sum of squares of what this rank has, float64, one number."""
@@ -161,6 +207,11 @@ class GradientReducer(ABC):
         self._launched = 0
         for bucket in self.buckets:
             bucket.begin_filling()
+            bucket.forget_sample()
+
+    def _waiting(self) -> list[GradientBucket]:
+        """Buckets whose reduction has not started in this backward, in order."""
+        return [self.buckets[number] for number in self._in_order[self._launched :]]
 
     def _reduces_in(self, last: bool) -> bool:
         return last
@@ -176,8 +227,11 @@ class GradientReducer(ABC):
             if bucket.flat is None:
                 self._open(bucket)
             bucket.add(parameter)
-        if self._reduces:
-            self._launch_all(takewhile(lambda other: other.is_complete, self.buckets[self._launched :]))
+        if bucket.is_complete:
+            if (number := self._number_of[id(bucket)]) not in self._completed:
+                self._completed.append(number)
+            if self._reduces:
+                self._launch_all(takewhile(lambda other: other.is_complete, self._waiting()))
         parameter.grad = None  # behind the launch: [Note: memory]
 
     def _launch_all(self, buckets: Iterable[GradientBucket]) -> None:
@@ -185,6 +239,7 @@ class GradientReducer(ABC):
             if bucket.flat is None:
                 self._open(bucket)
             bucket.zero_absent()
+            bucket.sample()
             self._launch(bucket)
             self._launched += 1
 
@@ -192,9 +247,9 @@ class GradientReducer(ABC):
 class ReplicatedGradients(GradientReducer):
     """Stage 0: every bucket is all-reduced, every rank has all gradients."""
 
-    def __init__(self, buckets: Sequence[GradientBucket], comm: Communicator) -> None:
+    def __init__(self, buckets: Sequence[GradientBucket], ranks: CommGroup) -> None:
         super().__init__(buckets)
-        self._comm = comm
+        self._ranks = ranks
         self._pending: list[Pending] = []
         for bucket in self.buckets:
             self._open(bucket)
@@ -224,7 +279,7 @@ class ReplicatedGradients(GradientReducer):
 
     def _launch(self, bucket: GradientBucket) -> None:
         assert bucket.flat is not None
-        self._pending.append(self._comm.start_all_reduce(bucket.flat))
+        self._pending.append(self._ranks.start_all_reduce(bucket.flat))
 
 
 class OwnGradients(GradientReducer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -74,9 +74,23 @@ class MasterWeights:
         if self._low:
             torch._foreach_copy_(self._low, self._masters)
 
+    def settle(self) -> None:
+        """Before masters change: nobody else reads them."""
+
     def restored(self) -> None:
         """Parameters and masters have been put back."""
         self.publish()
+
+    def adopt(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Somebody has written to these of the model's parameters: their masters follow."""
+        with torch.no_grad():
+            for parameter in parameters:
+                if parameter in self._master_of:
+                    self._master_of[parameter].copy_(parameter)
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Around what reads whole parameters: they always are."""
+        return nullcontext()
 
     @property
     def sharers(self) -> int:
@@ -99,13 +113,6 @@ class MasterWeights:
     def describe(self) -> str:
         """One line for people on how the state is spread; "" where it is not."""
         return ""
-
-    def state_dict(self) -> dict[str, str]:
-        """What was chosen at the start, and must be chosen alike to go on bitwise."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
-        """Go on as was chosen."""
 
     def at_step_end(self) -> AbstractContextManager[None]:
         """Around the collectives that end a step."""

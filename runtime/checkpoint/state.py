@@ -162,6 +162,7 @@ def restore(engine: Engine, shapes: Mapping[str, tuple[int, ...]], values: dict[
     pieces = dict(engine.trained)
     states: dict[str, dict[str, Any]] = {n: dict(v) for n, v in values["optimizer"]["scalars"].items()}
     averages: dict[str, Tensor] = {}
+    engine.weights.settle()
     with torch.no_grad():
         for full_name, tensor in tensors:
             kind, _, name = full_name.partition(".")

@@ -82,6 +82,7 @@ def initialize(
     if lr_scheduler is None and "scheduler" in keys:
         lr_scheduler = schedule_of(keys["scheduler"])
     engine = _initialize(model, job, optimizer, lr_scheduler)
+    zero.engines.add(engine)
     loader = None
     if training_data is not None:
         drop_last = keys.get("dataloader_drop_last") is True

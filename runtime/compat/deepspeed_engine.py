@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,10 @@ class DeepSpeedEngine:
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         fix = "gradient_accumulation_steps says how many micro-batches a step has"
         raise UsageError.mismatch("engine.set_gradient_accumulation_boundary", "no call of it", str(is_boundary), fix)
+
+    def no_sync(self) -> NoReturn:
+        fix = "gradient_accumulation_steps says how many micro-batches are added up before they are reduced"
+        raise UsageError.mismatch("engine.no_sync", "no call of it", "one", fix)
 
     def was_step_applied(self) -> bool:
         """Whether the last step() has changed parameters."""

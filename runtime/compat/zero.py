@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import weakref
+from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
+
+from torch import nn
+
+from dstrain.runtime.engine import Engine
+
+engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+"""Those that `deepspeed.initialize` has made."""
 
 
 class Init:
@@ -29,3 +39,33 @@ class Init:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+
+class GatheredParameters:
+    """DeepSpeed's context in which parameters have all their elements; on all ranks.
+
+    modifier_rank: whose changes become everyone's; without it, none is made. Before `initialize` a model is whole on
+    every rank, and rank 0's values become everyone's there.
+    """
+
+    def __init__(
+        self,
+        params: nn.Parameter | Iterable[nn.Parameter],
+        modifier_rank: int | None = None,
+        fwd_module: nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self._parameters = [params] if isinstance(params, nn.Parameter) else list(params)
+        self._modifier, self._enabled = modifier_rank, enabled
+        self._inside = ExitStack()
+
+    def __enter__(self) -> None:
+        for engine in engines if self._enabled else ():
+            own = set(engine.module.parameters())
+            if chosen := [parameter for parameter in self._parameters if parameter in own]:
+                self._inside.enter_context(engine.whole(chosen, self._modifier))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inside.__exit__(kind, error, trace)

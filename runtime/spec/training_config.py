@@ -58,10 +58,11 @@ class ZeroConfig(Section):
         description="At stage 3, how long gathered parameters are kept. micro_batch: until others need the memory; "
         "step: to the step's end, gathered once, in the memory of stage 2.",
     )
-    comm: Literal["auto", "pairwise", "ring", "native"] = Field(
+    comm: Literal["auto", "direct", "pairwise", "ring", "native"] = Field(
         default="auto",
-        description="Algorithm of all-gather and reduce-scatter; auto: native (NCCL's own) on GPUs, pairwise on CPUs. "
-        "ring sends less between hosts that have several ranks each.",
+        description="Algorithm of all-gather and reduce-scatter; auto: native (NCCL's own) on GPUs, on CPUs the "
+        "fastest of the others in a trial at the start. direct: ranks on one host read each other's memory. ring sends "
+        "less between hosts that have several ranks each.",
     )
     offload: OffloadConfig = Field(default=OffloadConfig(), description=OffloadConfig.__doc__)
 

@@ -102,6 +102,12 @@ class ShardedGradients(GradientReducer):
         self._has_sum.clear()
         super().begin_step()
 
+    def launch_in(self, order: Sequence[int]) -> None:
+        """Buffers that only the first step's order has needed are given back."""
+        super().launch_in(order)
+        del self._free[POOL:]
+        self._made = len(self._free)
+
     def _reduces_in(self, last: bool) -> bool:
         return last or self._sharded_accumulation
 

@@ -60,10 +60,16 @@ def spread(
             shapes = [(name, tuple(parameter.shape)) for name, parameter in group.parameters]
             plan = plan_unit(group.name, shapes, shards=1)
             buckets.append(GradientBucket(plan, [parameter for _, parameter in group.parameters], dtype))
-        gradients = ReplicatedGradients(buckets, comm) if comm.world_size > 1 else OwnGradients(buckets)
+        if comm.world_size == 1:
+            own = OwnGradients(buckets)
+            return MasterWeights(trained, own), own
+        ranks = comm.everyone()
+        ranks.choose(zero.comm)
+        gradients = ReplicatedGradients(buckets, ranks)
         return MasterWeights(trained, gradients), gradients
-    shards, replicas = comm.groups(shard_size)
-    shards.choose(zero.comm)
+    native = zero.comm == "native" or (zero.comm == "auto" and comm.device.type == "cuda")
+    shards, replicas = comm.groups(shard_size, native)
+    replicas.choose("native" if native else "auto")
     _move_unsharded(model, comm, stage=zero.stage)
     offload = zero.offload if comm.device.type != "cpu" else None
     weights = ShardedWeights(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstrain.runtime.hooks import Hook
 from dstrain.runtime.zero.gatherer import Gatherer
 from dstrain.runtime.zero.unit import UnitState, ZeroUnit
 
@@ -43,6 +44,9 @@ class Watch:
             near = [unit_of[p] for child in module.children() for p in child.parameters(recurse=False) if p in unit_of]
             if units or module is model or any(not unit.resident for unit in near):  # near: read as attributes
                 self._hook(module, units)
+            if any(not unit.resident for unit in (gatherer.units if module is model else own)):
+                module.register_state_dict_pre_hook(_refuse_state_dict)
+                module.register_load_state_dict_pre_hook(_refuse_load_state_dict)
             if own:
                 module._parameters = _Watched(module._parameters, unit_of, self)
 
@@ -89,8 +93,20 @@ class Watch:
             if not self._scopes:
                 self._outermost.close()
 
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        module.register_forward_hook(after, always_call=True)
+        module.register_forward_pre_hook(Hook(before), with_kwargs=True)
+        module.register_forward_hook(Hook(after), always_call=True)
+
+
+def _refuse_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """keep_vars: whoever wants the parameters themselves gets them, as from `model.parameters()`."""
+    if not keep_vars:
+        said = "expected engine.save_model, engine.save_checkpoint or engine.whole, found state_dict() of a model at "
+        raise TypeError(f"{said}zero.stage 3: no rank has all of it")
+
+
+def _refuse_load_state_dict(module: nn.Module, *_: Any) -> None:
+    said = "expected the weights to be loaded before initialize, or engine.whole(parameters, changed_on=rank) to write"
+    raise TypeError(f"{said} them, found load_state_dict() of a model at zero.stage 3: no rank has all of it")
 
 
 def _when_differentiated(inputs: Sequence[Any], units: Sequence[ZeroUnit]) -> None:

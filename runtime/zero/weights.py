@@ -10,17 +10,16 @@ that the optimizer moves the parameters themselves; bf16 and fp16 shards have fp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
-from dstrain.runtime.comm_group import Algorithm, CommGroup
+from dstrain.runtime.comm_group import CommGroup, Wish
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import OffloadConfig
 from dstrain.runtime.zero.divergence import BACKWARD, END_OF_BACKWARD, END_OF_STEP, Lookout
@@ -59,7 +58,7 @@ class ShardedWeights:
         keep_whole: bool,
         whole_tensors: bool,
         dtype: torch.dtype = torch.float32,
-        comm_wish: str = "auto",
+        comm_wish: Wish = "auto",
         offload: OffloadConfig | None = None,
         fill: Callable[[Tensor], object] = lambda parameter: None,
         watched: bool = True,
@@ -69,7 +68,6 @@ class ShardedWeights:
         gives a parameter its numbers, on rank 0, just before they are needed. watched: modules have hooks; without,
         which a compiler needs and stage 3 cannot, everyone waits behind each step."""
         self.stage, self.shards = stage, shards
-        self._wish = comm_wish
         self._offload = offload or OffloadConfig()
         groups = _groups(model, stage, bucket_elements, resident_elements)
         self.units: list[ZeroUnit] = []
@@ -82,7 +80,9 @@ class ShardedWeights:
             unit = ZeroUnit(number, plan, parameters, shards, dtype, resident, in_host)
             _take(unit, comm, fill)
             self.units.append(unit)
+        shards.choose(comm_wish, 0 if whole_tensors else max((unit.plan.size for unit in self.units), default=0))
         self.lookout = Lookout(comm, shards.ranks) if stage == 3 and shards.size > 1 else None
+        shards.share([unit.shard for unit in self.units])
         self.gatherer = Gatherer(self.units, self.lookout)
         of_module: dict[str, list[ZeroUnit]] = {}
         for unit, group in zip(self.units, groups, strict=True):
@@ -142,17 +142,14 @@ class ShardedWeights:
         return (
             f"ZeRO stage {self.stage}: {ranks} {'rank shares' if ranks == 1 else 'ranks share'} one copy, "
             f"{units} {'unit' if units == 1 else 'units'} of up to {largest / 1e6:.2f} M elements, "
-            f"comm {self.shards.algorithm}"
+            f"comm {self._comm()}"
         )
 
-    def state_dict(self) -> dict[str, str]:
-        """What was measured at the start, and must be the same to go on bitwise."""
-        return {"comm": self.shards.algorithm}
-
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
-        """Go on as was measured, unless the job says otherwise; where ranks are others, it was for them."""
-        if self._wish == "auto" and state.get("comm") in ("pairwise", "ring") and self.shards.device.type == "cpu":
-            self.shards.choose(cast(Algorithm, state["comm"]))
+    def _comm(self) -> str:
+        """How units are gathered, with what was measured to choose it."""
+        used = sorted({self.shards.algorithm_for(unit.plan.bounds) for unit in self.units})
+        trial = [f"{name} {1000 * seconds:.1f} ms" for name, seconds in self.shards.trial_s.items()]
+        return " and ".join(used or [self.shards.algorithm]) + (f" ({', '.join(trial)})" if trial else "")
 
     def at_step_end(self) -> AbstractContextManager[None]:
         """Around the collectives that end a step."""
@@ -173,15 +170,48 @@ class ShardedWeights:
         """A backward has made all the unit's gradients: nobody uses it any more."""
         unit.pins = 0
 
+    def settle(self) -> None:
+        """Before shards or masters change, but for the end of a step: nobody reads them any more; on all ranks."""
+        self.shards.settle()
+
     def publish(self) -> None:
         """Round the masters into the shards, and start to give everyone what has changed."""
         with torch.no_grad():
             for unit, master in self._masters.items():
                 unit.shard.copy_(master, non_blocking=True)
+        self.shards.announce()
         self.gatherer.forget()
         self.gatherer.start_residents()
         if not self._is_watched:
             self.gatherer.finish_residents()
+
+    @contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Around what reads whole parameters; on all ranks."""
+        units = self._units_of(parameters)
+        for unit in units:
+            self.gatherer.pin(unit)
+            self.gatherer.demand(unit, foresee=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                self.gatherer.unpin(unit)
+
+    def adopt(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Somebody has written the same to these of the model's parameters on all ranks: shards and masters follow."""
+        with torch.no_grad():
+            for unit in self._units_of(parameters):
+                assert unit.full is not None
+                low, high = unit.plan.interval(self.shards.index)
+                if not unit.resident:
+                    unit.shard.copy_(unit.full[low:high])
+                if unit in self._masters:
+                    self._masters[unit].copy_(unit.shard)
+
+    def _units_of(self, parameters: Sequence[nn.Parameter]) -> list[ZeroUnit]:
+        chosen = set(parameters)
+        return [unit for unit in self.units if not chosen.isdisjoint(unit.parameters)]
 
     def restored(self) -> None:
         """Parameters, and masters where they `exist`, have been put back: everyone needs them."""

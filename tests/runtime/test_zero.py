@@ -48,7 +48,7 @@ def test_accumulation(run_ranks: RunRanks, accumulate: str) -> None:
     compare(run_ranks, 3, replace(LANGUAGE, accumulation=3), stages)
 
 
-@pytest.mark.parametrize("comm", ["pairwise", "ring", "native"])
+@pytest.mark.parametrize("comm", ["direct", "pairwise", "ring", "native"])
 def test_algorithms(run_ranks: RunRanks, comm: str) -> None:
     compare(run_ranks, 3, replace(LANGUAGE, accumulation=2), only("2", "3", comm=comm))
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dstrain.runtime.pages import prefer_large_pages
 from dstrain.runtime.zero.divergence import Lookout
 from dstrain.runtime.zero.unit import UnitState, ZeroUnit
 
@@ -229,6 +230,7 @@ class Gatherer:
         memory = torch.empty(
             -(-size // _LARGEST_ITEM) * _LARGEST_ITEM, dtype=torch.uint8, device=self._moving[0].device
         )
+        prefer_large_pages(memory)
         slot = _Slot(memory)
         self._slots.append(slot)
         self._slot_at[memory.untyped_storage().data_ptr()] = slot

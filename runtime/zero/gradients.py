@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.gradients import GradientBucket, GradientReducer
+from dstrain.runtime.pages import prefer_large_pages
 from dstrain.runtime.zero.divergence import Lookout
 from dstrain.runtime.zero.unit import ZeroUnit, host_memory
 
@@ -60,7 +61,7 @@ class ShardedGradients(GradientReducer):
         self._has_sum: set[int] = set()  # units that a micro-batch of this step has already been added to
         for unit in units:
             low, high = unit.plan.interval(shards.index)
-            unit.grad = torch.zeros(high - low, dtype=dtype, device=unit.device)
+            unit.grad = prefer_large_pages(torch.empty(high - low, dtype=dtype, device=unit.device)).zero_()
             unit.host_grad = host_memory(high - low, dtype) if offload else None
 
     def wait(self) -> None:
@@ -123,7 +124,7 @@ class ShardedGradients(GradientReducer):
         if not self._free and self._pending and self._made >= POOL:
             self._finish_oldest()
         if not self._free:
-            self._free.append(torch.empty(self._largest, dtype=self._dtype, device=bucket.parameters[0].device))
+            self._free.append(prefer_large_pages(torch.empty(self._largest, dtype=self._dtype, device=bucket.parameters[0].device)))
             self._made += 1
         memory = self._free.pop()
         bucket.open(memory[: bucket.plan.size])

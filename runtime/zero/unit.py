@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm_group import CommGroup, Pending
+from dstrain.runtime.pages import prefer_large_pages
 from dstrain.runtime.zero.plan import UnitPlan
 
 
@@ -71,12 +72,12 @@ class ZeroUnit:
         self.dtype = dtype if first.dtype is torch.float32 else first.dtype
         self.is_trained = first.requires_grad
         if resident:
-            self.full = torch.zeros(plan.size, dtype=self.dtype, device=self.device)
+            self.full = prefer_large_pages(torch.empty(plan.size, dtype=self.dtype, device=self.device)).zero_()
             self.shard = self.full[low:high]
         elif shard_in_host:
             self.shard = host_memory(high - low, self.dtype)
         else:
-            self.shard = torch.zeros(high - low, dtype=self.dtype, device=self.device)
+            self.shard = prefer_large_pages(torch.empty(high - low, dtype=self.dtype, device=self.device)).zero_()
 
     @property
     def name(self) -> str:

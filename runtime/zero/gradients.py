@@ -124,7 +124,8 @@ class ShardedGradients(GradientReducer):
         if not self._free and self._pending and self._made >= POOL:
             self._finish_oldest()
         if not self._free:
-            self._free.append(prefer_large_pages(torch.empty(self._largest, dtype=self._dtype, device=bucket.parameters[0].device)))
+            memory = torch.empty(self._largest, dtype=self._dtype, device=bucket.parameters[0].device)
+            self._free.append(prefer_large_pages(memory))
             self._made += 1
         memory = self._free.pop()
         bucket.open(memory[: bucket.plan.size])

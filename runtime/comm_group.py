@@ -232,10 +232,10 @@ class CommGroup:
         sizes: elements of each rank's, known to all.
         """
         if self.index:
-            for work in _started(self._send(own.contiguous(), 0, tag=_COLLECT)):
+            for work in _started(self._send(own.to(self.device).contiguous(), 0, tag=_COLLECT)):
                 work.wait()
             return None
-        flat = torch.empty(sum(sizes), dtype=own.dtype, device=own.device)
+        flat = torch.empty(sum(sizes), dtype=own.dtype, device=self.device)
         parts = list(torch.split(flat, list(sizes)))
         parts[0].copy_(own)
         operations = [self._receive(parts[index], index, _COLLECT) for index in range(1, self.size)]

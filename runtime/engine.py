@@ -103,7 +103,7 @@ class Engine:
     """Trains `module` alike on every rank.
 
     On construction rank 0's parameters and buffers are broadcast: one collective for each. A step reduces every
-    gradient once (at stages 2 and 3, once for each micro-batch), and all-reduces five numbers.
+    gradient once (at stages 2 and 3, once for each micro-batch), and all-reduces seven numbers.
 
     global_step: steps done. micro_step: micro-batches of the step under way. learning_rate, grad_norm: of the last
     step. stop_requested, save_requested: set by signal handlers; the next step tells all ranks. dataloader: what
@@ -145,8 +145,8 @@ class Engine:
         adopt = Hook(lambda *_: self.weights.adopt(list(module.parameters())))
         module.register_load_state_dict_post_hook(adopt)  # type: ignore[no-untyped-call] # torch's
         self._forward: Callable[..., Any] = torch.compile(module) if config.compile else module
-        # Sum of the loss, tokens, stop, save, squares of gradients.
-        self._totals = torch.zeros(5, dtype=torch.float64, device=comm.device)
+        # Sum of the loss, tokens, stop, save, squares of gradients; the order of gathers, and its square.
+        self._totals = torch.zeros(7, dtype=torch.float64, device=comm.device)
         in_fp16 = "fp16" in (config.precision.dtype, config.precision.reduce_dtype)
         self._unit = 0.0 if in_fp16 else 1.0
 
@@ -214,10 +214,13 @@ class Engine:
             squares = self.gradients.squares()
             if self.weights.sharers > 1:  # each has the squares of its own shards
                 self._totals[4] = squares
+            order = float(self.weights.order)
+            self._totals[5:] = torch.tensor([order, order * order], dtype=torch.float64)
             self.comm.all_reduce(self._totals)
-        if self.weights.sharers == 1:
-            self._totals[4] = squares
-        loss_sum, tokens, stop, save, total = self._totals.tolist()
+            if self.weights.sharers == 1:
+                self._totals[4] = squares
+            loss_sum, tokens, stop, save, total, orders, their_squares = self._totals.tolist()
+        self.weights.check_order(orders, their_squares, self.world_size)
         norm = math.sqrt(total * self.weights.sharers / self.world_size if self.weights.sharers > 1 else total)
         divisor = tokens * self.scaler.value / self._unit if tokens else 1.0
         result = StepResult(loss_sum / max(tokens, 1), norm / divisor, int(tokens), stop=stop > 0, save=save > 0)

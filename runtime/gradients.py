@@ -26,11 +26,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm_group import CommGroup, Pending
+from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.zero.plan import UnitPlan
 
 _SAMPLED = 1024
@@ -221,6 +223,8 @@ class GradientReducer(ABC):
             return
         assert isinstance(parameter, nn.Parameter)
         bucket = self._bucket_of[parameter]
+        if self._reduces and self._number_of[id(bucket)] in self._in_order[: self._launched]:
+            self._refuse_late(bucket, parameter)
         if not self._counts:
             bucket.skip(parameter)
         else:
@@ -233,6 +237,12 @@ class GradientReducer(ABC):
             if self._reduces:
                 self._launch_all(takewhile(lambda other: other.is_complete, self._waiting()))
         parameter.grad = None  # behind the launch: [Note: memory]
+
+    def _refuse_late(self, bucket: GradientBucket, parameter: nn.Parameter) -> NoReturn:
+        """[Note: gradients] Backwards within a backward make the gradients of a parameter that is used twice twice."""
+        name = next(e.name for e, p in zip(bucket.plan.entries, bucket.parameters, strict=True) if p is parameter)
+        fix = "call torch's checkpoint with use_reentrant=False, or train.activation_checkpointing"
+        raise UsageError.mismatch(f"parameter {name}", "its gradient once in a backward", "it again", fix)
 
     def _launch_all(self, buckets: Iterable[GradientBucket]) -> None:
         for bucket in buckets:
@@ -335,6 +345,11 @@ class OwnGradients(GradientReducer):
 
     def _launch(self, bucket: GradientBucket) -> None:
         raise AssertionError("nothing is reduced")
+
+
+def sum_dtype(parameter: torch.dtype, configured: torch.dtype) -> torch.dtype:
+    """That of a parameter's gradient's sums: what is configured, unless it would lose numbers."""
+    return configured if parameter in (torch.float32, torch.bfloat16, torch.float16) else parameter
 
 
 def _norm_dtype(gradients: Tensor) -> torch.dtype | None:

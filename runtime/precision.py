@@ -118,6 +118,14 @@ class MasterWeights:
         """Around the collectives that end a step."""
         return nullcontext()
 
+    @property
+    def order(self) -> int:
+        """That of gathers: there are none."""
+        return 0
+
+    def check_order(self, total: float, squares: float, ranks: int) -> None:
+        """It never differs."""
+
     def begin_step(self) -> None:
         """Behind each step."""
 

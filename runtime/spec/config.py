@@ -230,8 +230,8 @@ def _of_sharding(job: JobConfig) -> Iterator[Contradiction]:
         yield Contradiction(("zero", "accumulate"), "local at stage 0, where every rank has all gradients", "sharded")
     if zero.stage < 3 and zero.reshard != "micro_batch":
         yield Contradiction(("zero", "reshard"), "no such key below stage 3", zero.reshard)
-    if zero.stage == 0 and zero.comm != "auto":
-        yield Contradiction(("zero", "comm"), "no such key at stage 0, which all-reduces", zero.comm)
+    if zero.stage == 0 and zero.comm not in ("auto", "direct", "native"):
+        yield Contradiction(("zero", "comm"), "auto, direct or native at stage 0, which all-reduces", zero.comm)
     if zero.stage == 0 and zero.offload.optimizer:
         yield Contradiction(("zero", "offload", "optimizer"), "stage 1, 2 or 3 to offload", "stage 0")
     if zero.stage < 3 and zero.offload.parameters:

@@ -8,6 +8,9 @@ them in the job's store, and compares them with what the other waiting ranks hav
 same place prove the divergence; every rank finds it and ends, with one line that names them. A rank that is merely
 slow has no other name there, and is waited for; after `LONG_S` the others say for whom, once: it may stand in a
 collective of the script's own.
+
+Not every algorithm blocks: `native` pairs gathers by their order alone, and `direct` needs nobody. So a checksum of
+the names also goes into the one all-reduce of every step, and its ranks compare names where checksums differ.
 """
 
 from __future__ import annotations
@@ -18,22 +21,33 @@ import os
 import sys
 import threading
 import time
+import weakref
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import NamedTuple
 
 from dstrain.runtime.comm import Communicator, JobStore
+from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.exit_codes import ExitCode
 
 SUSPICIOUS_S = 1.0
 POLL_S = 0.25
 LONG_S = 30.0
+CHECKSUMS = 1 << 16
+"""Sums of squares of so small numbers are exact in float64."""
+
 KEPT = 512
 """Names of gathers that are kept: more than ranks can be apart."""
 
 BACKWARD, END_OF_BACKWARD, END_OF_STEP = "the backward", "the end of the backward", "the end of the step"
 """Behind them a rank may wait for the others' gradients, which are not among the names."""
+
+
+_numbers = count()
+"""Of the engines of this process, which all ranks make in one order."""
 
 
 class Trail(NamedTuple):
@@ -50,25 +64,44 @@ class Lookout:
         """ranks: of the shard group."""
         self._comm, self._ranks = comm, list(ranks)
         self._names: deque[str] = deque(maxlen=KEPT)
-        self._count = 0
+        self._count = self._checksum = 0
+        self._key = f"lookout/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}"
         self._waits_since: float | None = None
         self._store: JobStore | None = None
         self._told: float | None = None
         self._noting, self._comparing = threading.Lock(), threading.Lock()
         ended = threading.Event()
         atexit.register(ended.set)
-        threading.Thread(target=self._look_on, args=(ended,), name="dstrain lookout", daemon=True).start()
+        self._thread: threading.Thread | None = None
+        self._ended = ended
 
     def note(self, name: str) -> None:
         """A gather starts."""
         with self._noting:
             self._names.append(name)
             self._count += 1
+            self._checksum = zlib.crc32(name.encode(), self._checksum)
+
+    @property
+    def checksum(self) -> int:
+        """Of all gathers so far, below `CHECKSUMS`."""
+        return self._checksum % CHECKSUMS
+
+    def compare(self) -> None:
+        """Raise UsageError: a checksum of the step has shown that ranks of the job differ, and all compare names."""
+        trails = dict(enumerate(self._comm.all_gather_object(self._trail())))
+        raise UsageError(_in_words(difference(trails) or {}))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around what may block until others come."""
-        since = self._waits_since = time.monotonic()
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=_look_on, args=(weakref.ref(self), self._ended), name="dstrain lookout", daemon=True
+            )
+            self._thread.start()
+        before, since = self._waits_since, time.monotonic()
+        self._waits_since = since
         try:
             yield
         except RuntimeError:  # others have gone: because they found it before us?
@@ -76,27 +109,29 @@ class Lookout:
                 self._compare()
             raise
         finally:
-            self._waits_since = None
+            self._waits_since = before
 
-    def _look_on(self, ended: threading.Event) -> None:
-        while not ended.wait(POLL_S):
-            since = self._waits_since
-            if since is None:
-                continue
-            waited = time.monotonic() - since
-            if waited > SUSPICIOUS_S:
-                self._compare()
-            if waited > LONG_S and since != self._told:
-                self._told = since
-                self._tell()
+    def look(self) -> None:
+        """Now and then, in a thread: has this rank waited for long?"""
+        since = self._waits_since
+        if since is None:
+            return
+        waited = time.monotonic() - since
+        if waited > SUSPICIOUS_S:
+            self._compare()
+        if waited > LONG_S and since != self._told:
+            self._told = since
+            self._tell()
+
+    def _trail(self) -> Trail:
+        with self._noting:
+            return Trail(self._count - len(self._names), list(self._names))
 
     def _compare(self) -> None:
         with self._comparing:
             if self._store is None:
                 self._store = self._comm.store()
-            with self._noting:
-                own = Trail(self._count - len(self._names), list(self._names))
-            self._store.put(f"lookout/{self._comm.rank}", json.dumps(own))
+            self._store.put(f"{self._key}/{self._comm.rank}", json.dumps(self._trail()))
             if difference(self._published(self._store)) is not None:
                 time.sleep(SUSPICIOUS_S)  # those who came later have published too; nobody ends before they see it
                 self._end(difference(self._published(self._store)) or {})
@@ -117,19 +152,30 @@ class Lookout:
             sys.stderr.flush()
 
     def _published(self, store: JobStore) -> dict[int, Trail]:
-        texts = {rank: store.get(f"lookout/{rank}") for rank in self._ranks}
+        texts = {rank: store.get(f"{self._key}/{rank}") for rank in self._ranks}
         return {rank: Trail(*json.loads(text)) for rank, text in texts.items() if text is not None}
 
     def _end(self, found: Mapping[str, Sequence[int]]) -> None:
         """One line, and the end of this process: its main thread is blocked for good."""
-        said = " and ".join(f"{name} on {ranks_in_words(ranks)}" for name, ranks in found.items())
         sys.stdout.flush()
-        sys.stderr.write(
-            f"dstrain: zero.stage 3: expected all ranks to use the model's units in one order, found {said} "
-            "at the same place; let all ranks take the same branches, or use stage 2\n"
-        )
+        sys.stderr.write(f"dstrain: {_in_words(found)}\n")
         sys.stderr.flush()
         os._exit(ExitCode.USAGE)
+
+
+def _look_on(lookout: weakref.ref[Lookout], ended: threading.Event) -> None:
+    """Until the process or the engine ends."""
+    while not ended.wait(POLL_S) and (alive := lookout()) is not None:
+        alive.look()
+        del alive
+
+
+def _in_words(found: Mapping[str, Sequence[int]]) -> str:
+    said = " and ".join(f"{name} on {ranks_in_words(ranks)}" for name, ranks in found.items()) or "others long ago"
+    return (
+        f"zero.stage 3: expected all ranks to use the model's units in one order, found {said} "
+        "at the same place; let all ranks take the same branches, or use stage 2"
+    )
 
 
 def difference(trails: Mapping[int, Trail]) -> dict[str, list[int]] | None:

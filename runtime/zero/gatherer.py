@@ -10,7 +10,7 @@ recomputation (activation checkpointing), a module called twice or an evaluation
 A unit that is not resident is gathered into one of two slots, each of the largest unit's size: one in use, one on its
 way. The slot of the unit that was used longest ago is taken; a pinned one never is: that of a module inside its
 forward, or recomputed and waiting for its backward. If all are pinned, a slot more is made. In a step nothing else is
-allocated.
+allocated. Where a script has kept a view of a weight, it keeps that slot's memory with it, and the slot gets another.
 
 [Note: saved tensors]
 The backward needs weights that the forward has used, and by then their slot holds another unit. So what autograd
@@ -39,6 +39,7 @@ class _Saved(NamedTuple):
     """A view of a unit's parameters. [Note: saved tensors]"""
 
     unit: ZeroUnit
+    dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -49,6 +50,19 @@ class _Slot:
         self.memory = memory
         self.unit: ZeroUnit | None = None
         self.used = 0
+        self._storage = memory.untyped_storage()
+        self._references = self._count()
+
+    @property
+    def address(self) -> int:
+        return self._storage.data_ptr()
+
+    def is_held(self) -> bool:
+        """Whether somebody has a view of the memory, though no unit lies there."""
+        return self._count() > self._references
+
+    def _count(self) -> int:
+        return int(torch._C._storage_Use_Count(self._storage._cdata))
 
 
 class Gatherer:
@@ -108,8 +122,7 @@ class Gatherer:
         for slot in self._slots[SLOTS:]:
             if slot.unit is not None:
                 self._release(slot.unit)
-            del self._slot_at[slot.memory.untyped_storage().data_ptr()]
-        del self._slots[SLOTS:]
+            self._remove(slot)
         self._order, self._demands, self._place = self._demands, [], 0
         self._is_recording = False
         for unit in self._order[:SLOTS]:
@@ -177,9 +190,9 @@ class Gatherer:
 
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
-        if slot is None or slot.unit is None or tensor.dtype != slot.unit.dtype:
+        if slot is None or slot.unit is None or tensor.is_conj() or tensor.is_neg():
             return tensor
-        return _Saved(slot.unit, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return _Saved(slot.unit, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, saved: Tensor | _Saved) -> Tensor:
         if isinstance(saved, Tensor):
@@ -188,8 +201,12 @@ class Gatherer:
         if self._node != (node := _current_node()):
             self._node, self._node_uses = node, set()
         self._node_uses.add(saved.unit)
-        assert saved.unit.full is not None
-        return saved.unit.full.as_strided(saved.size, saved.stride, saved.offset)
+        full = saved.unit.full
+        assert full is not None
+        if saved.dtype == full.dtype:
+            return full.as_strided(saved.size, saved.stride, saved.offset)
+        other = torch.empty(0, dtype=saved.dtype, device=full.device)
+        return other.set_(full.untyped_storage(), saved.offset, saved.size, saved.stride)
 
     # --- slots -------------------------------------------------------------------------------------------------
 
@@ -202,6 +219,9 @@ class Gatherer:
         slot = self._free_slot(keep=None) or self._new_slot()
         if slot.unit is not None:
             self._release(slot.unit)
+        if slot.is_held():
+            self._remove(slot)
+            slot = self._new_slot()
         slot.unit = unit
         unit.start_gather(slot.memory.view(unit.dtype))
         self._touch(unit)
@@ -233,8 +253,12 @@ class Gatherer:
         prefer_large_pages(memory)
         slot = _Slot(memory)
         self._slots.append(slot)
-        self._slot_at[memory.untyped_storage().data_ptr()] = slot
+        self._slot_at[slot.address] = slot
         return slot
+
+    def _remove(self, slot: _Slot) -> None:
+        self._slots.remove(slot)
+        del self._slot_at[slot.address]
 
     def _touch(self, unit: ZeroUnit) -> None:
         self._clock += 1

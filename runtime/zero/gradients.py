@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm_group import CommGroup, Pending
-from dstrain.runtime.gradients import GradientBucket, GradientReducer
+from dstrain.runtime.gradients import GradientBucket, GradientReducer, sum_dtype
 from dstrain.runtime.pages import prefer_large_pages
 from dstrain.runtime.zero.divergence import Lookout
 from dstrain.runtime.zero.unit import ZeroUnit, host_memory
@@ -43,23 +43,24 @@ class ShardedGradients(GradientReducer):
         offload: bool = False,
         lookout: Lookout | None = None,
     ) -> None:
-        """units: those that are trained, in the order in which the backward makes their gradients. dtype: of the
-        sums. done_with: told when a backward has made all gradients of a unit. offload: copy sums to the host.
-        lookout: told of waits."""
-        super().__init__([GradientBucket(unit.plan, unit.parameters, dtype) for unit in units])
-        self._units, self._shards, self._replicas, self._dtype = list(units), shards, replicas, dtype
+        """units: those that are trained, in the order in which the backward makes their gradients. dtype: of sums of
+        real numbers of at most 32 bits. done_with: told when a backward has made all gradients of a unit. offload: copy
+        sums to the host. lookout: told of waits."""
+        super().__init__([GradientBucket(unit.plan, unit.parameters, sum_dtype(unit.dtype, dtype)) for unit in units])
+        self._units, self._shards, self._replicas = list(units), shards, replicas
         self._sharded_accumulation, self._done_with = sharded_accumulation, done_with
         self._unit_of = {id(bucket): unit for bucket, unit in zip(self.buckets, units, strict=True)}
         self._lookout = lookout
         self._free: list[Tensor] = []
         self._memory_of: dict[int, Tensor] = {}
         self._made = 0
-        self._largest = max((unit.plan.size for unit in units), default=0)
+        self._largest = max((bucket.plan.size * bucket.dtype.itemsize for bucket in self.buckets), default=0)
         self._pending: deque[tuple[GradientBucket, Pending]] = deque()
         self._all_reduces: list[tuple[ZeroUnit, Pending]] = []
         self._is_last = False
         self._has_sum: set[int] = set()  # units that a micro-batch of this step has already been added to
-        for unit in units:
+        for unit, bucket in zip(units, self.buckets, strict=True):
+            dtype = bucket.dtype
             low, high = unit.plan.interval(shards.index)
             unit.grad = prefer_large_pages(torch.empty(high - low, dtype=dtype, device=unit.device)).zero_()
             unit.host_grad = host_memory(high - low, dtype) if offload else None
@@ -124,11 +125,11 @@ class ShardedGradients(GradientReducer):
         if not self._free and self._pending and self._made >= POOL:
             self._finish_oldest()
         if not self._free:
-            memory = torch.empty(self._largest, dtype=self._dtype, device=bucket.parameters[0].device)
+            memory = torch.empty(self._largest, dtype=torch.uint8, device=bucket.parameters[0].device)
             self._free.append(prefer_large_pages(memory))
             self._made += 1
         memory = self._free.pop()
-        bucket.open(memory[: bucket.plan.size])
+        bucket.open(memory[: bucket.plan.size * bucket.dtype.itemsize].view(bucket.dtype))
         self._memory_of[id(bucket)] = memory
 
     def _launch(self, bucket: GradientBucket) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
-from dstrain.runtime.gradients import GradientBucket, GradientReducer, OwnGradients, ReplicatedGradients
+from dstrain.runtime.gradients import GradientBucket, GradientReducer, OwnGradients, ReplicatedGradients, sum_dtype
 from dstrain.runtime.precision import DTYPES, MasterWeights, cast_buffers, cast_parameters, parameter_dtype
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
@@ -24,6 +24,9 @@ ELEMENTWISE = ("AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam",
 """Optimizers of torch's that treat every element by itself; of all others it is taken that they look at tensors."""
 
 UNSHARDABLE = {"LBFGS": "its history is of all parameters at once", "SparseAdam": "its gradients are sparse"}
+
+COUPLED = ("Prodigy", "DAdapt")
+"""Beginnings of the names of optimizers that set one step size by all parameters: a rank would see its own alone."""
 
 
 def spread(
@@ -44,6 +47,7 @@ def spread(
     """
     dtype = DTYPES[precision.reduce_dtype or "fp32"]
     shard_size = _shard_size(comm, zero, parallel)
+    _refuse_complex(model, comm)
     if zero.stage < 3:
         for parameter in model.parameters():
             fill(parameter)
@@ -59,7 +63,8 @@ def spread(
         for group in by_size(trained, zero.bucket_elements):
             shapes = [(name, tuple(parameter.shape)) for name, parameter in group.parameters]
             plan = plan_unit(group.name, shapes, shards=1)
-            buckets.append(GradientBucket(plan, [parameter for _, parameter in group.parameters], dtype))
+            parameters = [parameter for _, parameter in group.parameters]
+            buckets.append(GradientBucket(plan, parameters, sum_dtype(parameters[0].dtype, dtype)))
         if comm.world_size == 1:
             own = OwnGradients(buckets)
             return MasterWeights(trained, own), own
@@ -113,8 +118,19 @@ def needs_whole_tensors(
     names = [kind.__name__ for kind in type(made).__mro__ if kind.__module__.startswith("torch.optim")]
     if reason := next((UNSHARDABLE[name] for name in names if name in UNSHARDABLE), None):
         raise UsageError.mismatch("zero.stage", f"0 with {names[0]} ({reason})", "a stage that shards")
+    if any(kind.__name__.startswith(COUPLED) for kind in type(made).__mro__):
+        reason = "its step size is set by all parameters at once"
+        raise UsageError.mismatch("zero.stage", f"0 with {type(made).__name__} ({reason})", "a stage that shards")
     stepping = next(kind for kind in type(made).__mro__ if "step" in vars(kind))
     return not (stepping.__module__.startswith("torch.optim") and stepping.__name__ in ELEMENTWISE)
+
+
+def _refuse_complex(model: nn.Module, comm: Communicator) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_complex() and comm.world_size > 1:
+            fix = "keep two real numbers for each, and torch.view_as_complex them in the forward"
+            found = str(parameter.dtype).removeprefix("torch.")
+            raise UsageError.mismatch(f"parameter {name}", "real numbers on more than one rank", found, fix)
 
 
 def _single(parameter: nn.Parameter) -> nn.Parameter:

@@ -158,6 +158,16 @@ class ShardedWeights:
         self._note(END_OF_STEP)
         return self.lookout.waiting()
 
+    @property
+    def order(self) -> int:
+        """A small number for the order in which this rank has used its units; 0 where it does not matter."""
+        return 0 if self.lookout is None else self.lookout.checksum
+
+    def check_order(self, total: float, squares: float, ranks: int) -> None:
+        """Raise UsageError, on all ranks, where `order`, summed over them, and its squares show that it differs."""
+        if self.lookout is not None and ranks * squares != total * total:
+            self.lookout.compare()
+
     def _note(self, place: str) -> None:
         if self.lookout is not None:
             self.lookout.note(place)

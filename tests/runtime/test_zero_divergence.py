@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dstrain.runtime import initialize
 from dstrain.runtime.comm import Communicator
+from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.zero.divergence import Trail, difference
 
 from .conftest import RunRanks
@@ -39,9 +41,9 @@ class Model(nn.Module):
         return self.last(x)
 
 
-def train(stage: int, way: str) -> float:
+def train(stage: int, way: str, algorithm: str = "auto") -> float:
     with Communicator.connect() as comm:
-        zero = {"stage": stage, "resident_elements": 0, "bucket_elements": 100}
+        zero = {"stage": stage, "resident_elements": 0, "bucket_elements": 100, "comm": algorithm}
         engine = initialize(Model(way), {"zero": zero, "train": {"steps": STEPS}})
         loss = 0.0
         for step in range(STEPS):
@@ -58,15 +60,21 @@ def test_below_stage_3_ranks_may_part_ways(run_ranks: RunRanks, stage: int, way:
     assert len(set(run_ranks(3, lambda rank: train(stage, way)))) == 1
 
 
+@pytest.mark.parametrize("comm", ["direct", "pairwise", "ring", "native"])
 @pytest.mark.parametrize(("way", "taken"), [("other", "last"), ("more", "the backward")])
-def test_at_stage_3_it_is_an_error_that_names_units_and_ranks(tmp_path: Path, way: str, taken: str) -> None:
+def test_at_stage_3_it_is_an_error_that_names_units_and_ranks(tmp_path: Path, way: str, taken: str, comm: str) -> None:
+    """Found by those who wait for each other, or at the end of the step."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
 
     def be(rank: int) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": str(rank)}
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "3"}
         with (tmp_path / str(rank)).open("w") as sys.stderr:
-            train(3, way)
+            try:
+                train(3, way, comm)
+            except UsageError as error:
+                sys.stderr.write(f"{error}\n")
+                sys.exit(ExitCode.USAGE)
 
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=be, args=(rank,)) for rank in range(3)]

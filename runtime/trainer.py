@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,12 +71,12 @@ class Trainer:
 
         torch.manual_seed(job.train.seed)  # the same parameters whatever the number of ranks
         fill: Callable[[Tensor], object] = is_full
+        build = partial(build_model, job.model, parameters=comm.rank == 0)  # of files; the others get rank 0's
         if job.zero.stage == 3:
-            model_config = job.model
-            model, deferred = build_deferred(lambda deferred: build_model(model_config, deferred.refill_by))
+            model, deferred = build_deferred(lambda deferred: build(deferred.refill_by))
             fill = deferred.fill
         else:
-            model = build_model(job.model)
+            model = build()
         seed_all(job.train.seed + 1 + comm.rank)  # what is random in training differs between ranks
         if job.train.activation_checkpointing is not None:
             checkpoint_activations(model, job.train.activation_checkpointing)

@@ -98,10 +98,19 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
             self.fill(tensor)
             self._made_by.pop(_key(tensor), None)
 
-    def refill_by(self, tensor: Tensor, run: Callable[[], object]) -> None:
-        """From now on `run` makes the tensor's numbers (reads them from a file)."""
-        if _key(tensor) in self._made_by:
-            self._made_by[_key(tensor)] = [_Operation(run, [])]
+    def refill_by(self, tensor: Tensor, run: Callable[[], object]) -> bool:
+        """From now on `run` makes the tensor's numbers (reads them from a file), all of them, when they are asked for.
+
+        Returns False for a tensor that is not deferred: its numbers are to be made at once.
+        """
+        key = _key(tensor)
+        if key not in self._made_by:
+            return False
+        self._settle_what_was_made_of(tensor)
+        self._made_by[key] = [_Operation(run, [])]
+        _give_back(tensor)
+        self._dropped.add(key)
+        return True
 
     def _settle_what_was_made_of(self, tensor: Tensor) -> None:
         """A tensor is about to change: what was made of it as it is now could not be made again."""

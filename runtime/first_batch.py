@@ -21,8 +21,8 @@ _TORCH = Path(torch.__file__).parent
 
 
 @contextlib.contextmanager
-def explained(batch: Any, device: torch.device) -> Iterator[None]:
-    """Around the first forward and its loss: a batch that does not fit is the likeliest reason to fail there.
+def explained(batch: Any, device: torch.device, what: str = "the first batch") -> Iterator[None]:
+    """Around a first forward and its loss: a batch that does not fit is the likeliest reason to fail there.
 
     Raises UsageError in place of TypeError, RuntimeError, IndexError and ValueError: one line, and behind it the
     traceback through the user's code, who may have to find a bug of their own. Want of memory, and what communication
@@ -36,7 +36,7 @@ def explained(batch: Any, device: torch.device) -> Iterator[None]:
         if _is_other(error):
             raise
         said = f"{type(error).__name__}: {_shortened(str(error))}"
-        line = UsageError.mismatch("the first batch", "what model and loss take", f"{describe(batch)}, and {said}")
+        line = UsageError.mismatch(what, "what model and loss take", f"{describe(batch)}, and {said}")
         raise UsageError(f"{line}\n{_traceback(error)}") from error
 
 

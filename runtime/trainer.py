@@ -17,7 +17,8 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.data import open_data
 from dstrain.runtime.data.loader import Loader, to_device
 from dstrain.runtime.data.sampler import BatchLayout
+from dstrain.runtime.data.samples import Batch, in_step
 from dstrain.runtime.engine import Engine, JobSchedule, StepResult
 from dstrain.runtime.first_batch import explained
 from dstrain.runtime.initialization import engine_config, is_full
@@ -69,12 +71,12 @@ class Trainer:
 
         torch.manual_seed(job.train.seed)  # the same parameters whatever the number of ranks
         fill: Callable[[Tensor], object] = is_full
+        build = partial(build_model, job.model, parameters=comm.rank == 0)  # of files; the others get rank 0's
         if job.zero.stage == 3:
-            model_config = job.model
-            model, deferred = build_deferred(lambda deferred: build_model(model_config, deferred.refill_by))
+            model, deferred = build_deferred(lambda deferred: build(deferred.refill_by))
             fill = deferred.fill
         else:
-            model = build_model(job.model)
+            model = build()
         seed_all(job.train.seed + 1 + comm.rank)  # what is random in training differs between ranks
         if job.train.activation_checkpointing is not None:
             checkpoint_activations(model, job.train.activation_checkpointing)
@@ -96,6 +98,7 @@ class Trainer:
         self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
         self.checkpoints = folder_of_job(job)
         self.has_begun = False  # the model has taken a batch
+        self.has_validated = False  # and one of validation
 
     def train(self) -> bool:
         """Train all steps, validating and saving in between and at the end, then show what was learnt.
@@ -144,16 +147,17 @@ class Trainer:
     def validate(self) -> float:
         """Mean loss over the validation samples; one all-reduce of the ranks' shares."""
         engine, comm = self.engine, self.comm
-        assert self.data.validation is not None
         totals = torch.zeros(2, dtype=torch.float64)  # sum of the loss, what was counted
         engine.module.eval()
         engine.share_buffers()
         with engine.averaged():
-            for batch in self.data.validation.batches(
-                self.job.train.eval_samples, comm.rank, comm.world_size, self.micro
-            ):
-                loss, count = self.task.loss(engine, to_device(batch, comm.device))
-                totals += torch.tensor([loss.item() * count, count])
+            for on_cpu, counts in self._validation_batches():
+                batch, what = to_device(on_cpu, comm.device), "the first batch of validation"
+                with contextlib.nullcontext() if self.has_validated else explained(batch, comm.device, what):
+                    loss, count = self.task.loss(engine, batch)
+                self.has_validated = True
+                if counts:
+                    totals += torch.tensor([loss.item() * count, count])
         engine.module.train()
         totals = totals.to(comm.device)
         comm.all_reduce(totals)
@@ -164,6 +168,18 @@ class Trainer:
         engine.observe_validation(val_loss)
         self.report.validation(val_loss)
         return val_loss
+
+    def _validation_batches(self) -> Iterator[tuple[Batch, bool]]:
+        """This rank's share, and whether each batch counts; equally many on all ranks where a forward needs them."""
+        validation, comm, samples = self.data.validation, self.comm, self.job.train.eval_samples
+        assert validation is not None
+
+        def share(rank: int) -> Iterator[Batch]:
+            return validation.batches(samples, rank, comm.world_size, self.micro)
+
+        if self.engine.weights.backward_gathers:
+            return in_step(share(comm.rank), lambda: share(0), comm)
+        return ((batch, True) for batch in share(comm.rank))
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 

@@ -12,16 +12,17 @@ from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.model_config import ModelConfig
 
 
-def build_model(config: ModelConfig, refill_by: RefillBy | None = None) -> nn.Module:
+def build_model(config: ModelConfig, refill_by: RefillBy | None = None, *, parameters: bool = True) -> nn.Module:
     """The model, on the CPU, in training mode; fp32, unless a factory has it otherwise.
 
-    Random weights come from torch's seed. refill_by: told how to read parameters from files once more. Raises
-    UsageError where the section asks for what cannot be had.
+    Random weights come from torch's seed. refill_by: told how to read parameters from files, later. parameters: without
+    it those of files are not read, for a rank that gets them from another. Raises UsageError where the section asks
+    for what cannot be had.
     """
     if config.gpt is not None:
         return GPT(config.gpt)
     if config.hf is not None:
-        return hf.build(config.hf, refill_by)
+        return hf.build(config.hf, refill_by, parameters=parameters)
     assert config.factory is not None, "the loader has seen to it: one of gpt, hf, factory"
     model = call_object(config.factory, config.args, "model.factory")
     if not isinstance(model, nn.Module):

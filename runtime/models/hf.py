@@ -21,10 +21,11 @@ from dstrain.runtime.spec.model_config import HFConfig
 _REASON_CHARACTERS = 200
 
 
-def build(config: HFConfig, refill_by: RefillBy | None = None) -> nn.Module:
+def build(config: HFConfig, refill_by: RefillBy | None = None, *, parameters: bool = True) -> nn.Module:
     """The model in fp32, in training mode, without the cache that only generation needs. [Note: streamed weights]
 
-    refill_by: see `load_weights`. Raises UsageError where configuration, class and files do not fit together.
+    refill_by, parameters: see `load_weights`. Raises UsageError where configuration, class and files do not fit
+    together.
     """
     transformers = optional_module("transformers", "model.hf", "hf")
     if config.path is None:
@@ -35,7 +36,7 @@ def build(config: HFConfig, refill_by: RefillBy | None = None) -> nn.Module:
         values = read_json(config.path / "config.json", "model.hf.path")
         with _UnfilledParameters():
             model = _model(transformers, config.auto_class, values, "model.hf.path")
-        load_weights(model, config.path, refill_by)
+        load_weights(model, config.path, refill_by, parameters=parameters)
     return model.train()
 
 

@@ -3,19 +3,21 @@
 [Note: streamed weights]
 The model is made at its place with its parameters left unfilled (no random numbers are drawn, and memory that
 nobody writes to costs nothing), so that buffers which no file has, such as rotary frequencies, are right by
-construction, and tied parameters are tied. Then parameter after parameter is read from the files and copied
-over: what is in memory beside the model is one parameter as the files have it. Files may have other names than
-the model, and other shapes (each expert by itself); transformers' own table of conversions says so. Only
-safetensors are read, never a pickle, and no code of the folder is run: config.json is data.
+construction, and tied parameters are tied. Names and shapes are checked from the files' headers alone. Then
+parameter after parameter is read from the files and copied over, once, on the one rank whose values count: what
+is in memory beside the model is one parameter as the files have it. Files may have other names than the model,
+and other shapes (each expert by itself); transformers' own table of conversions says so. Only safetensors are
+read, never a pickle, and no code of the folder is run: config.json is data.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,37 +36,100 @@ _NAMES_SHOWN = 5
 _BUFFERS_OF_OLD_FILES = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Once saved, now computed: superfluous in many files that are right."""
 
-Read = Callable[[], Tensor]
-
-RefillBy = Callable[[Tensor, Callable[[], object]], None]
+RefillBy = Callable[[Tensor, Callable[[], object]], bool]
 
 
-def load_weights(model: nn.Module, folder: Path, refill_by: RefillBy | None = None) -> None:
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of an open file."""
+
+    name: str
+    file: Any
+
+    def read(self) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(self.name)
+        return tensor
+
+    def shape_alone(self) -> Tensor:
+        """A tensor of its shape without numbers, from the file's header."""
+        return torch.empty(self.file.get_slice(self.name).get_shape(), device="meta")
+
+
+class _Conversion:
+    """What makes one parameter, or several, of the tensors of the files."""
+
+    def __init__(self, model: Any, first: str, conversion: Any) -> None:
+        self._model, self._first, self._conversion = model, first, conversion
+        self._sources: dict[str, list[_Stored]] = dict(conversion.collected_tensors)
+        self._left: dict[str, Tensor] = {}
+
+    def shapes(self) -> dict[str, Tensor]:
+        """What it makes, without numbers; only where that fails are the tensors themselves read."""
+        try:
+            return self._made(_Stored.shape_alone)
+        except (RuntimeError, ValueError, LookupError):
+            return self.values()
+
+    def values(self) -> dict[str, Tensor]:
+        return self._made(_Stored.read)
+
+    def copy_to(self, target: Tensor, name: str) -> None:
+        """The value of one name; the others of the same reading are kept for their own turns."""
+        if name not in self._left:
+            self._left = self.values()
+        with torch.no_grad():
+            target.copy_(self._left.pop(name))
+
+    def forget(self) -> None:
+        """Keep nothing for later turns."""
+        self._left.clear()
+
+    def _made(self, look: Callable[[_Stored], Tensor]) -> dict[str, Tensor]:
+        given = {pattern: [partial(look, stored) for stored in some] for pattern, some in self._sources.items()}
+        self._conversion.collected_tensors.update(given)  # it forgets its sources
+        made = self._conversion.convert(self._first, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def load_weights(model: nn.Module, folder: Path, refill_by: RefillBy | None = None, *, parameters: bool = True) -> None:
     """Copy the tensors of the folder's safetensors into a transformers model. [Note: streamed weights]
 
-    refill_by: told how to read each parameter once more; the files stay open for it, as long as the process. Raises
-    UsageError, naming them, for tensors that are missing, superfluous or of another shape.
+    refill_by: told how to read each tensor; where it returns True it does so itself, later. The files stay open for
+    it, as long as the process. parameters: without it only buffers are read, for a rank that gets its parameters from
+    another; names and shapes are checked all the same. Raises UsageError, naming them, for tensors that are missing,
+    superfluous or of another shape.
     """
     targets: dict[str, Tensor] = model.state_dict(keep_vars=True)  # both names of a tied parameter
-    filled: set[int] = set()
+    made_by: dict[int, tuple[_Conversion, str]] = {}
     mismatched: list[str] = []
     with ExitStack() as files:
         plan, superfluous = _plan(model, _tensors_of(folder, files), targets)
         if refill_by is not None:
             files.pop_all()
-        for name, tensor, again in _converted(model, plan, mismatched):
-            target = targets[name]
-            if target.shape != tensor.shape:
-                mismatched.append(f"{name} {list(tensor.shape)} in place of {list(target.shape)}")
-            elif id(target) not in filled:
-                with torch.no_grad():
-                    target.copy_(tensor)
-                if refill_by is not None:
-                    refill_by(target, partial(_copy_again, target, again, name))
-            elif not torch.equal(target, tensor.to(target.dtype)):
-                mismatched.append(f"{name} unlike the tensor that it is tied to")
-            filled.add(id(target))
-    missing = [name for name, target in targets.items() if id(target) not in filled]
+        for first, conversion in plan.items():
+            try:
+                shapes = conversion.shapes()
+            except (RuntimeError, ValueError, LookupError) as error:
+                mismatched.append(f"{first} cannot be made of its tensors: {error}")
+                continue
+            wanted = []
+            for name, made in shapes.items():
+                target = targets[name]
+                if target.shape != made.shape:
+                    mismatched.append(f"{name} {list(made.shape)} in place of {list(target.shape)}")
+                elif id(target) not in made_by:
+                    wanted.append(name)
+                elif not _are_equal(target, made_by[id(target)], (conversion, name)):
+                    mismatched.append(f"{name} unlike the tensor that it is tied to")
+                made_by.setdefault(id(target), (conversion, name))
+            for name in wanted:
+                target = targets[name]
+                if not parameters and isinstance(target, nn.Parameter):
+                    continue
+                if refill_by is None or not refill_by(target, partial(conversion.copy_to, target, name)):
+                    conversion.copy_to(target, name)
+            conversion.forget()
+    missing = [name for name, target in targets.items() if id(target) not in made_by]
     _check(folder, model, missing, superfluous, mismatched)
 
 
@@ -81,7 +146,9 @@ def read_json(file: Path, key: str) -> dict[str, Any]:
     return values
 
 
-def _plan(model: Any, tensors: Mapping[str, Read], targets: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
+def _plan(
+    model: Any, tensors: Mapping[str, _Stored], targets: Mapping[str, Tensor]
+) -> tuple[dict[str, _Conversion], list[str]]:
     """For each parameter (the first, where one tensor makes several) the conversion with the tensors that it
     needs, unread; and the tensors that nothing needs."""
     loading = optional_module("transformers.core_model_loading", "model.hf", "hf")  # new: old versions lack it
@@ -101,46 +168,23 @@ def _plan(model: Any, tensors: Mapping[str, Read], targets: Mapping[str, Tensor]
             continue
         new = loading.WeightRenaming(name, target) if pattern is None else deepcopy(converter_of[pattern])
         plan.setdefault(target, new).add_tensor(target, name, pattern or name, tensors[name])
-    return plan, superfluous
+    return {first: _Conversion(model, first, conversion) for first, conversion in plan.items()}, superfluous
 
 
-def _copy_again(target: Tensor, again: Callable[[], dict[str, Any]], name: str) -> None:
-    value = again()[name]
-    target.copy_(value[0] if isinstance(value, list) else value)
+def _are_equal(target: Tensor, *made_by: tuple[_Conversion, str]) -> bool:
+    one, other = (conversion.values()[name].to(target.dtype) for conversion, name in made_by)
+    return torch.equal(one, other)
 
 
-def _converted(
-    model: Any, plan: Mapping[str, Any], failed: list[str]
-) -> Iterator[tuple[str, Tensor, Callable[[], dict[str, Any]]]]:
-    """Names in the model and tensors, read and converted one parameter at a time, and what reads them once more;
-    `failed` gets the others."""
-    for first, conversion in plan.items():
-        again = partial(_convert, model, first, conversion, dict(conversion.collected_tensors))
-        try:
-            made = again()
-        except (RuntimeError, ValueError, LookupError) as error:
-            failed.append(f"{first} cannot be made of its tensors: {error}")
-            continue
-        for name, value in made.items():
-            yield name, value[0] if isinstance(value, list) else value, again
-
-
-def _convert(model: Any, first: str, conversion: Any, sources: Mapping[str, list[Read]]) -> dict[str, Any]:
-    """All that a conversion makes; it forgets its sources, so they are given to it anew."""
-    conversion.collected_tensors.update({pattern: list(reads) for pattern, reads in sources.items()})
-    made: dict[str, Any] = conversion.convert(first, model=model, config=model.config)
-    return made
-
-
-def _tensors_of(folder: Path, files: ExitStack) -> dict[str, Read]:
-    """How to read each tensor of the folder, while `files` are open. Raises UsageError on unreadable files."""
-    tensors: dict[str, Read] = {}
+def _tensors_of(folder: Path, files: ExitStack) -> dict[str, _Stored]:
+    """The tensors of the folder, to be read while `files` are open. Raises UsageError on unreadable files."""
+    tensors: dict[str, _Stored] = {}
     for file in _weight_files(folder):
         try:
             opened = files.enter_context(safe_open(file, framework="pt"))
         except (OSError, SafetensorError) as error:
             raise UsageError.mismatch(_KEY, f"tensors in {file}", str(error)) from None
-        tensors |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 # it is no mapping
+        tensors |= {name: _Stored(name, opened) for name in opened.keys()}  # noqa: SIM118 # it is no mapping
     return tensors
 
 

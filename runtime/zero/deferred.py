@@ -6,7 +6,10 @@ one that would have been built without it. But of each large tensor that is writ
 are kept, with the state of the random numbers before each, and when the next tensor's turn comes its pages are given
 back to the system: memory that nobody writes to costs nothing. `fill` runs its operations again. So a rank holds one
 large tensor at a time, whatever the size of the model, for twice the arithmetic of its initialisation. A tensor that
-is read again while the model is built is filled first; buffers are filled at the end, for they stay.
+is read again while the model is built is filled first. At the end is filled what stays: buffers, and whatever else
+somebody still has (a mask as a plain attribute, a teacher in a list). What an operation is kept with are tensors of our
+own, so that Python's garbage collector tells them from everybody else's: aliases of large tensors, whose later changes
+are noted, and copies of small ones, whose changes are not.
 
 What is not seen here (memory of numpy or of files) is left as it is.
 """
@@ -14,6 +17,7 @@ What is not seen here (memory of numpy or of files) is left as it is.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 SMALLEST_BYTES = 1 << 20
 """Tensors below stay as they are: all norms and biases of a model are nothing beside its matrices."""
@@ -37,10 +41,26 @@ _OVERWRITES = {"normal_", "uniform_", "zero_", "fill_", "copy_", "exponential_",
 
 @dataclass
 class _Operation:
-    """run: does it again. reads: tensors that it needs."""
+    """run: does it again. reads: tensors that it needs. holds: all that it refers to, aliases and copies of our own."""
 
     run: Callable[[], object]
     reads: list[Tensor]
+    holds: list[Tensor]
+
+
+@dataclass
+class _Call:
+    """An operation and its arguments."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self) -> object:
+        return self.func(*self.args, **self.kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in tree_leaves((self.args, self.kwargs)) if isinstance(tensor, Tensor)]
 
 
 class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
@@ -67,9 +87,12 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
         for tensor in written:
             self._settle_what_was_made_of(tensor)
         random = _random_state(func, kwargs)
+        tracked = [tensor for tensor in written if _key(tensor) in self._made_by]
+        call = self._call(func, args, kwargs) if tracked else None  # with what there is before it writes
         made = func(*args, **kwargs)
-        for tensor in written:
-            self._note(tensor, overwritten, random, lambda: func(*args, **kwargs), reads)
+        for tensor in tracked:
+            assert call is not None
+            self._note(tensor, overwritten, random, call)
         if not written:
             self._note_new(func, args, kwargs, made, random, reads)
         return made
@@ -98,32 +121,50 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
             self.fill(tensor)
             self._made_by.pop(_key(tensor), None)
 
-    def refill_by(self, tensor: Tensor, run: Callable[[], object]) -> None:
-        """From now on `run` makes the tensor's numbers (reads them from a file)."""
-        if _key(tensor) in self._made_by:
-            self._made_by[_key(tensor)] = [_Operation(run, [])]
+    def keep_all_but(self, parameters: Iterable[Tensor]) -> None:
+        """Fill every tensor that somebody still has, but for those that share memory with parameters."""
+        ours = {id(tensor) for made_of in self._made_of.values() for tensor in made_of}
+        ours |= {id(held) for made_by in self._made_by.values() for operation in made_by for held in operation.holds}
+        apart = {_key(parameter) for parameter in parameters}
+        gc.collect()
+        for found in gc.get_objects():
+            if type(found) in (Tensor, nn.Parameter) and id(found) not in ours and _key(found) not in apart:
+                self.keep([found])
+
+    def refill_by(self, tensor: Tensor, run: Callable[[], object]) -> bool:
+        """From now on `run` makes the tensor's numbers (reads them from a file), all of them, when they are asked for.
+
+        Returns False for a tensor that is not deferred: its numbers are to be made at once.
+        """
+        key = _key(tensor)
+        if key not in self._made_by:
+            return False
+        self._settle_what_was_made_of(tensor)
+        self._made_by[key] = [_Operation(run, [], [])]
+        _give_back(tensor)
+        self._dropped.add(key)
+        return True
 
     def _settle_what_was_made_of(self, tensor: Tensor) -> None:
         """A tensor is about to change: what was made of it as it is now could not be made again."""
         for other in self._made_of.pop(_key(tensor), ()):
             self.keep([other])
 
-    def _note(
-        self,
-        tensor: Tensor,
-        overwritten: set[int],
-        random: Callable[[], None] | None,
-        run: Callable[[], object],
-        reads: list[Tensor],
-    ) -> None:
+    def _call(self, func: Any, args: Any, kwargs: Any) -> _Call:
+        return _Call(func, *tree_map_only(Tensor, self._own, (args, kwargs)))
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        if _key(tensor) in self._made_by or tensor.nbytes >= self._smallest:
+            return tensor.detach()
+        return tensor.detach().clone()
+
+    def _note(self, tensor: Tensor, overwritten: set[int], random: Callable[[], None] | None, call: _Call) -> None:
         key = _key(tensor)
-        if key not in self._made_by:
-            return
         if key in overwritten:
             self._made_by[key].clear()
             self._dropped.discard(key)
-        others = [read for read in reads if _key(read) != key]
-        self._add(tensor, _Operation(_behind(random, run), others))
+        others = [read for read in call.tensors() if _key(read) != key]
+        self._add(tensor, _Operation(_behind(random, call), others, call.tensors()))
 
     def _note_new(
         self, func: Any, args: Any, kwargs: Any, made: Any, random: Callable[[], None] | None, reads: list[Tensor]
@@ -137,8 +178,9 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
             self._made_by[_key(tensor)] = []
             self._dropped.discard(_key(tensor))
             if func.overloadpacket is not torch.ops.aten.empty:
-                again = partial(_make_again, tensor.detach(), number, func, args, kwargs)
-                self._add(tensor, _Operation(_behind(random, again), reads))
+                call, own = self._call(func, args, kwargs), tensor.detach()
+                again = partial(_make_again, own, number, call)
+                self._add(tensor, _Operation(_behind(random, again), call.tensors(), [own, *call.tensors()]))
 
     def _add(self, tensor: Tensor, operation: _Operation) -> None:
         self._made_by[_key(tensor)].append(operation)
@@ -159,11 +201,12 @@ class Deferred(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
 def build_deferred(
     build: Callable[[Deferred], nn.Module], smallest_bytes: int = SMALLEST_BYTES
 ) -> tuple[nn.Module, Deferred]:
-    """A model whose large parameters are unfilled, and what fills them; its buffers are whole."""
+    """A model whose large parameters are unfilled, and what fills them; all else is whole."""
     deferred = Deferred(smallest_bytes)
     with deferred:
         model = build(deferred)
     deferred.keep(model.buffers())
+    deferred.keep_all_but(model.parameters())
     return model, deferred
 
 
@@ -192,8 +235,8 @@ def _set_state(generator: torch.Generator, state: Tensor) -> None:
     generator.set_state(state)
 
 
-def _make_again(tensor: Tensor, number: int, func: Any, args: Any, kwargs: Any) -> None:
-    tensor.copy_(tree_leaves(func(*args, **kwargs))[number])
+def _make_again(tensor: Tensor, number: int, call: _Call) -> None:
+    tensor.copy_(tree_leaves(call())[number])
 
 
 def _behind(random: Callable[[], None] | None, run: Callable[[], object]) -> Callable[[], object]:

@@ -49,6 +49,8 @@ class Model(nn.Module):
 
 def samples(kind: str = "right") -> Any:
     """The data under test."""
+    if kind == "other validation":
+        return TensorDataset(PIXELS, CLASSES), TensorDataset(PIXELS[:, :5], CLASSES)
     ragged = [(torch.ones(1 + number % 2), 0) for number in range(40)]
     return {
         "right": lambda: TensorDataset(PIXELS, CLASSES),
@@ -133,6 +135,13 @@ def test_samples_of_several_shapes(job: Path, capfd: pytest.CaptureFixture[str])
     assert trainer.main([str(job), "--set", "data.args={kind: ragged}", "--set", "model.args={inputs: 1}"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "puts together, found RuntimeError: stack expects each tensor to be equal size" in line
+
+
+def test_a_batch_of_validation_is_one_line_too(job: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert trainer.main([str(job), "--set", "data.args={kind: other validation}"]) == 2
+    line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("dstrain: "))
+    expected = "the first batch of validation: expected what model and loss take"
+    assert line.startswith(f"dstrain: {expected}, found (float32 [4, 5], int64 [4]), and RuntimeError: mat1 and mat2")
 
 
 def test_all_ranks_say_it_once(run_ranks: RunRanks, job: Path, capfd: pytest.CaptureFixture[str]) -> None:

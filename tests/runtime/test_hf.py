@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dstrain.runtime.models import hf_weights
 from dstrain.runtime.models.build import build_model, context_of, vocabulary_of
 from dstrain.runtime.models.gpt import next_token_loss
 from dstrain.runtime.models.language import generate, logits_of
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.model_config import HFConfig, ModelConfig
+from dstrain.runtime.zero.deferred import build_deferred
 
 _DECODER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
 LLAMA = {"model_type": "llama", **_DECODER, "vocab_size": 300, "max_position_embeddings": 48}
@@ -80,6 +85,47 @@ def test_a_folder_gives_what_from_pretrained_gives(config: dict[str, Any], shard
     ours, expected = dict(model.named_buffers()), dict(theirs.named_buffers())
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+class Reads(Counter[str]):
+    """How often each tensor is read from safetensors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        whole = hf_weights._Stored.read
+
+        def read(stored: hf_weights._Stored) -> Tensor:
+            self[stored.name] += 1
+            return whole(stored)
+
+        monkeypatch.setattr(hf_weights._Stored, "read", read)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL, GPT2], ids=lambda config: config["model_type"])
+def test_rank_0_reads_each_tensor_once_and_the_others_none(
+    config: dict[str, Any], stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = saved(config, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    for rank in (0, 1):
+        reads = Reads(monkeypatch)
+        build = partial(build_model, section(path=tmp_path), parameters=rank == 0)
+        if stage == 3:
+            model, deferred = build_deferred(lambda deferred, build=build: build(deferred.refill_by), 1 << 12)
+            if rank == 0:
+                assert 0 < len(reads) < len(names), "large parameters are unread"
+                for parameter in model.parameters():
+                    deferred.fill(parameter)
+        else:
+            model = build()
+        if rank == 0:
+            assert reads == Counter(names)
+            assert torch.equal(model.eval()(TOKENS).logits, original(TOKENS).logits)
+        else:
+            assert not reads
+        monkeypatch.undo()
 
 
 def test_a_configuration_gives_random_weights_of_the_seed(tmp_path: Path) -> None:
@@ -193,6 +239,8 @@ def test_files_that_do_not_fit(config: dict[str, Any], change: Any, found: str, 
         UsageError, match=r"model\.hf\.path: expected the tensors of \w+ForCausalLM in .*" + re.escape(found)
     ):
         load(tmp_path, config)
+    with pytest.raises(UsageError, match=re.escape(found)):  # on the other ranks
+        build_model(section(path=tmp_path, auto_class=auto_class(config)), parameters=False)
 
 
 def test_tied_tensors_may_both_be_there_if_equal_and_either_may_be_missing(tmp_path: Path) -> None:

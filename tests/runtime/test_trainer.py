@@ -75,6 +75,25 @@ def test_one_process_and_ranks_train_alike(
         assert losses(events, "step", "lr") == losses(alone, "step", "lr")
 
 
+@pytest.mark.parametrize("samples", [5, 1])
+def test_ranks_validate_on_unequal_shares_where_parameters_are_gathered(
+    run_ranks: RunRanks, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
+) -> None:
+    """Two batches against one, and one against none."""
+    zero = "zero: {stage: 3, resident_elements: 0, comm: pairwise}\n"  # direct would read an absent peer
+    text = job.read_text().replace("eval_samples: 7", f"eval_samples: {samples}")
+    job.write_text(text)
+    alone = train_with_events(job, tmp_path / "alone", monkeypatch)
+    job.write_text(text + zero)
+
+    def work(rank: int) -> list[dict[str, Any]]:
+        return train_with_events(job, tmp_path / f"rank-{rank}", monkeypatch)
+
+    for events in run_ranks(2, work):
+        for kind, field in (("step", "loss"), ("validation", "val_loss")):
+            assert losses(events, kind, field) == pytest.approx(losses(alone, kind, field), abs=1e-4)
+
+
 @pytest.mark.slow  # torch's compiler takes minutes on busy cores
 def test_compiled_and_recomputed_it_trains_alike(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the compiler's own backend, in a process of its own; validation and averaged weights among it."""

@@ -47,11 +47,37 @@ class Odd(nn.Module):
         self.lstm = nn.LSTM(40, 40)
 
 
+class Rows(nn.Module):
+    """Parameters filled row by row from small tensors that change in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.sums = nn.Linear(90, 90), nn.Linear(90, 90)
+        row, scale = torch.empty(90), torch.ones(1)
+        with torch.no_grad():
+            for number in range(90):
+                self.rows.weight[number].copy_(row.normal_())
+                self.sums.weight[number].mul_(scale.add_(1))
+
+
+class Keeper(nn.Module):
+    """Large tensors that are neither parameters nor buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.tril(torch.ones(90, 90))
+        self.rotary = [torch.outer(torch.arange(90.0), torch.arange(90.0)).cos()]
+        self.teachers = [nn.Linear(90, 90)]
+        self.tail = torch.arange(8100.0)[100:]
+        self.own = nn.Linear(90, 90)
+        self.alias = self.own.weight.data
+
+
 def gpt() -> nn.Module:
     return GPT(GPTConfig(vocabulary=300, context=64, width=64, layers=2, heads=2))
 
 
-@pytest.mark.parametrize("build", [Odd, gpt])
+@pytest.mark.parametrize("build", [Odd, Rows, Keeper, gpt])
 def test_filled_parameters_are_those_of_an_eager_construction(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(1)
     eager = build()
@@ -68,12 +94,32 @@ def test_filled_parameters_are_those_of_an_eager_construction(build: Callable[[]
         assert torch.equal(wanted, found)
 
 
-def test_memory_is_that_of_one_parameter() -> None:
+def test_what_stays_beside_parameters_and_buffers_is_whole() -> None:
+    torch.manual_seed(1)
+    eager = Keeper()
+    torch.manual_seed(1)
+    late, _ = build_deferred(lambda _: Keeper(), SMALL)
+    assert isinstance(late, Keeper)
+    assert torch.equal(late.mask, eager.mask)
+    assert torch.equal(late.rotary[0], eager.rotary[0])
+    assert torch.equal(late.teachers[0].weight, eager.teachers[0].weight)
+    assert torch.equal(late.tail, eager.tail)
+    assert not torch.equal(late.alias, eager.alias), "a parameter's memory"
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1024, 1024) * 0.02)
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(1024, 1024), Scaled], ids=["in place", "of a temporary"])
+def test_memory_is_that_of_one_parameter(layer: Callable[[], nn.Module]) -> None:
     def resident() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) / 256
 
     def build(_: Deferred) -> nn.Module:
-        return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(64)))  # 256 MiB
+        return nn.Sequential(*(layer() for _ in range(64)))  # 256 MiB
 
     before = resident()
     model, fills = build_deferred(build)

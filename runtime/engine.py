@@ -122,6 +122,7 @@ class Engine:
         """fill: gives a parameter its numbers, for a module whose parameters wait for it (`build_deferred`)."""
         self.module, self.comm, self.config = module, comm, config
         self.global_step = self.micro_step = 0
+        self._stepped_behind = 0  # micro-batches of the step under way, when step() was last called
         self.learning_rate = self.grad_norm = 0.0
         self.dataloader: Iterable[Any] = ()
         self.stop_requested = self.save_requested = False
@@ -200,9 +201,14 @@ class Engine:
     def step(self) -> StepResult | None:
         """Behind each backward: None until the step's last one, then the update from the gradients of all ranks.
 
-        Raises NonFiniteError, on all ranks at the same step and before any parameter changes, when the loss or the
-        gradient is not finite (an fp16 gradient that overflows skips the step instead).
+        Raises UsageError where no backward() has come since the last call; and NonFiniteError, on all ranks at the
+        same step and before any parameter changes, when the loss or the gradient is not finite (an fp16 gradient that
+        overflows skips the step instead).
         """
+        if self.micro_step == self._stepped_behind:
+            fix = "write engine.backward(loss) in place of loss.backward()"
+            raise UsageError.mismatch("engine.step", "engine.backward(loss) before every step()", "none", fix)
+        self._stepped_behind = self.micro_step
         if self.micro_step < self.config.accumulation:
             return None
         asked, self.save_requested = self.save_requested, False
@@ -286,7 +292,7 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.global_step, self._unit = state["global_step"], state["unit"]
-        self.micro_step = 0
+        self.micro_step = self._stepped_behind = 0
         self._totals.zero_()
         self.gradients.begin_step()
         self.scaler.load_state_dict(state["loss_scale"])
@@ -378,7 +384,7 @@ class Engine:
             self.gradients.launch_in(self.comm.all_gather_object(self.gradients.order())[0])
             self._is_ordered = True
         self.global_step += 1
-        self.micro_step = 0
+        self.micro_step = self._stepped_behind = 0
         self._totals.zero_()
         self.gradients.begin_step()
         self.weights.begin_step()

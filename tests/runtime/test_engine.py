@@ -385,6 +385,19 @@ def test_a_second_backward_needs_a_step() -> None:
         engine.backward(model(torch.ones(1, 2)).sum())
 
 
+def test_a_step_needs_a_backward() -> None:
+    model = nn.Linear(2, 1)
+    engine = engine_of(model, single(), accumulation=2)
+    model(torch.ones(1, 2)).sum().backward()  # torch's alone: the engine would wait for its own for ever
+    for finished in (None, False, True):
+        if finished is not None:
+            engine.backward(model(torch.ones(1, 2)).sum())
+            assert (engine.step() is not None) == finished
+        with pytest.raises(UsageError, match=r"engine.step: expected engine.backward\(loss\) before every step\(\)"):
+            engine.step()
+    assert engine.global_step == 1
+
+
 def test_a_backward_of_somebody_else_counts_for_nothing() -> None:
     def norm(disturbed: bool) -> float:
         torch.manual_seed(0)

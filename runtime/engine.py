@@ -134,11 +134,7 @@ class Engine:
         self._parameters = dict(module.named_parameters())
         self._broadcast_buffers()
         self.trained = self.weights.trained
-        if isinstance(optimizer, torch.optim.Optimizer):
-            self.weights.stand_in(optimizer)
-            self.optimizer = optimizer
-        else:
-            self.optimizer = optimizer(self.trained)
+        self.optimizer = self._own_optimizer(optimizer)
         self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
         self.scaler = LossScaler(config.precision.loss_scale, enabled=config.precision.dtype == "fp16")
         self.average = WeightAverage(self.trained, config.ema_decay) if config.ema_decay else None
@@ -321,6 +317,16 @@ class Engine:
                     self.comm.broadcast(parameter.data, changed_on)
                 self.weights.adopt(chosen)
                 self.comm.barrier()
+
+    def _own_optimizer(self, given: torch.optim.Optimizer | OptimizerFactory) -> torch.optim.Optimizer:
+        """An optimizer of `self.trained`. One that was made for the model's parameters is taken over, also where a
+        factory made it so and did not look at what it was given."""
+        made = given if isinstance(given, torch.optim.Optimizer) else given(self.trained)
+        own = {parameter for _, parameter in self.trained}
+        members = (parameter for group in made.param_groups for parameter in group["params"])
+        if made is given or any(member.requires_grad and member not in own for member in members):
+            self.weights.stand_in(made)
+        return made
 
     # --- the step ----------------------------------------------------------------------------------------------
 

@@ -187,6 +187,47 @@ def test_groups_and_the_users_own_optimizer() -> None:
     assert made[3] is decays
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_factory_gets_the_groups_of_model_parameters(stage: int) -> None:
+    net = Net()
+    net.body[0].bias.requires_grad_(False)
+    groups = [
+        {"params": [net.body[2].weight, net.body[0].weight], "weight_decay": 0.25, "momentum": 0.5},
+        {"params": [net.body[0].bias, net.body[2].bias], "lr": 1.0},
+    ]
+    config = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    factory = lambda given: torch.optim.SGD(given, lr=0.5)  # noqa: E731
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=net, config=config, optimizer=factory, model_parameters=iter(groups)
+    )
+    found = [(g["lr"], g["weight_decay"], g["momentum"], len(g["params"])) for g in optimizer.param_groups]
+    assert found == [(0.5, 0.25, 0.5, 2), (1.0, 0, 0, 1)]
+    own = dict(engine._engine.trained)
+    members = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(
+        member is own[name]
+        for member, name in zip(members, ["body.2.weight", "body.0.weight", "body.2.bias"], strict=True)
+    )
+
+
+def test_model_parameters_of_another_model_are_refused() -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "scheduler"}
+    own = r"model_parameters: expected parameters of the model, found 1 that are not its own, .* \(7,\)"
+    for optimizer in (None, torch.optim.SGD):
+        net = Net()
+        for extra in ([nn.Parameter(torch.zeros(7))], [{"params": nn.Parameter(torch.zeros(7))}]):
+            with pytest.raises(UsageError, match=own):
+                deepspeed.initialize(
+                    model=net, config=config, optimizer=optimizer, model_parameters=[*net.parameters(), *extra]
+                )
+        with pytest.raises(UsageError, match=r"expected parameters or groups of them, found a tuple"):
+            deepspeed.initialize(model=net, config=config, optimizer=optimizer, model_parameters=net.named_parameters())
+        with pytest.raises(UsageError, match="expected all parameters that require a gradient, found 2 without"):
+            deepspeed.initialize(
+                model=net, config=config, optimizer=optimizer, model_parameters=net.body[0].parameters()
+            )
+
+
 def test_a_checkpoint_by_tag_with_the_clients_state(tmp_path: Path) -> None:
     engine, _, loader, _ = one_engine(training_data=dataset())
     assert engine.load_checkpoint(tmp_path) == (None, None)

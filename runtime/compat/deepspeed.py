@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.compat import zero as zero
+from dstrain.runtime.compat.deepspeed_elsewhere import refuse_imports, words
 from dstrain.runtime.compat.deepspeed_engine import DeepSpeedEngine
 from dstrain.runtime.compat.deepspeed_groups import factory_of_groups, job_of_groups, trained_items
 from dstrain.runtime.compat.deepspeed_schedules import schedule_of
@@ -32,6 +33,16 @@ from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.load import job_of
 
 __all__ = ["DeepSpeedEngine", "add_config_arguments", "init_distributed", "initialize", "zero"]
+
+__path__: list[str] = []
+"""As of a package without files, so that Python looks for `from …deepspeed.ops.adam import FusedAdam` here."""
+
+refuse_imports(__name__)
+
+
+def __getattr__(name: str) -> NoReturn:
+    raise AttributeError(words(__name__, name))
+
 
 _OWN = ("scheduler", "dataloader_drop_last")
 """Keys that this module honours by itself, where a job cannot."""

@@ -304,6 +304,25 @@ def test_what_it_does_not_do_says_so(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.count("deepspeed.zero.Init: the model is made whole on every rank") == 1
 
 
+def test_parts_that_are_not_here_say_what_to_write() -> None:
+    with pytest.raises(AttributeError, match=r"^deepspeed.init_inference: .*; write the model by engine.save_16bit"):
+        deepspeed.init_inference(Net())
+    assert not hasattr(deepspeed, "ops")
+    with pytest.raises(AttributeError, match=r"has no attribute 'initialise'; see docs/deepspeed.md"):
+        _ = deepspeed.initialise
+    package = deepspeed.__name__
+    for line, words in (
+        (f"from {package} import ops", r"^deepspeed.ops: .*; write the section optimizer"),
+        (f"from {package}.ops.adam import FusedAdam", r"^deepspeed.ops: .*torch.optim.AdamW"),
+        (f"import {package}.comm", r"^deepspeed.comm: .*; write torch.distributed"),
+        (f"from {package} import PipelineModule", r"^deepspeed.PipelineModule: .*; there is data parallelism only"),
+        (f"from {package} import initialise", r"cannot import name 'initialise'"),
+        (f"import {package}.initialise", r"No module named"),
+    ):
+        with pytest.raises(ImportError, match=words):
+            exec(line, {})
+
+
 def test_keys_that_change_no_number_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     zero = {"stage": 2, "sub_group_size": 1e9}
     one_engine(CONFIG | {"zero_optimization": zero, "tensorboard": {"enabled": True}}, optimizer=torch.optim.SGD)

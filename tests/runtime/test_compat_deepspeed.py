@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dstrain.runtime.compat import deepspeed
 from dstrain.runtime.compat.deepspeed_schedules import schedule_of
-from dstrain.runtime.spec.errors import ConfigError, UsageError
+from dstrain.runtime.spec.errors import CheckpointError, ConfigError, UsageError
 
 RunRanks = Callable[..., list[Any]]
 
@@ -249,6 +249,28 @@ def test_a_checkpoint_by_tag_with_the_clients_state(tmp_path: Path) -> None:
     assert again.get_lr() == [0.0]
     assert again.load_checkpoint(tmp_path) == (str(tmp_path / "last"), {})
     assert all(torch.equal(a, b) for a, b in zip(after, again.module.parameters(), strict=True))
+
+
+def test_a_tag_that_is_saved_again_is_the_newest_alone(tmp_path: Path) -> None:
+    engine, *_ = one_engine({"train_batch_size": 1, "optimizer": {"type": "SGD"}})
+    for number in range(3):
+        engine.backward(engine(torch.ones(1, 3), torch.ones(1, 1)))
+        engine.step()
+        engine.save_checkpoint(tmp_path, "last", client_state={"epoch": number})
+    assert [path.name.partition(".")[0] for path in (tmp_path / "last").iterdir()] == ["step-3"]
+
+    engine.backward(engine(torch.ones(1, 3), torch.ones(1, 1)))
+    engine.step()
+    with pytest.MonkeyPatch.context() as patch:  # a save that fails leaves the one before, with its own client_state
+        patch.setattr("dstrain.runtime.checkpoint.save._sync", failing)
+        with pytest.raises(CheckpointError, match="expected to save step 4"):
+            engine.save_checkpoint(tmp_path, "last", client_state={"epoch": 3})
+    assert engine.load_checkpoint(tmp_path)[1] == {"epoch": 2}
+    assert engine.global_steps == 3
+
+
+def failing(path: Path) -> None:
+    raise OSError(28, "No space left on device", str(path))
 
 
 def test_a_checkpoint_and_the_model_of_stage_3(tmp_path: Path, run_ranks: RunRanks) -> None:

@@ -435,3 +435,16 @@ def test_deepspeeds_schedules(section: dict[str, Any], expected: list[float]) ->
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected)
+
+
+def test_a_warm_up_without_a_peak_takes_the_first_groups_for_all() -> None:
+    """DeepSpeed's WarmupLR: `warmup_max_lr = [group['lr'] for group in optimizer.param_groups][0]`."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.25)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = schedule_of({"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}})(optimizer)
+    rates = []
+    for _ in range(4):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert rates == [[0, 0], [0, 0], [0.5, 0.5], [1, 1]]

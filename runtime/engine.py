@@ -122,6 +122,7 @@ class Engine:
         """fill: gives a parameter its numbers, for a module whose parameters wait for it (`build_deferred`)."""
         self.module, self.comm, self.config = module, comm, config
         self.global_step = self.micro_step = 0
+        self._stepped_behind = 0  # micro-batches of the step under way, when step() was last called
         self.learning_rate = self.grad_norm = 0.0
         self.dataloader: Iterable[Any] = ()
         self.stop_requested = self.save_requested = False
@@ -131,13 +132,10 @@ class Engine:
             module, comm, config.zero, config.parallel, config.precision, whole_tensors, fill, config.compile
         )
         self._parameters = dict(module.named_parameters())
+        self._seen_traits = self._traits()
         self._broadcast_buffers()
         self.trained = self.weights.trained
-        if isinstance(optimizer, torch.optim.Optimizer):
-            self.weights.stand_in(optimizer)
-            self.optimizer = optimizer
-        else:
-            self.optimizer = optimizer(self.trained)
+        self.optimizer = self._own_optimizer(optimizer)
         self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
         self.scaler = LossScaler(config.precision.loss_scale, enabled=config.precision.dtype == "fp16")
         self.average = WeightAverage(self.trained, config.ema_decay) if config.ema_decay else None
@@ -200,9 +198,14 @@ class Engine:
     def step(self) -> StepResult | None:
         """Behind each backward: None until the step's last one, then the update from the gradients of all ranks.
 
-        Raises NonFiniteError, on all ranks at the same step and before any parameter changes, when the loss or the
-        gradient is not finite (an fp16 gradient that overflows skips the step instead).
+        Raises UsageError where no backward() has come since the last call; and NonFiniteError, on all ranks at the
+        same step and before any parameter changes, when the loss or the gradient is not finite (an fp16 gradient that
+        overflows skips the step instead).
         """
+        if self.micro_step == self._stepped_behind:
+            fix = "write engine.backward(loss) in place of loss.backward()"
+            raise UsageError.mismatch("engine.step", "engine.backward(loss) before every step()", "none", fix)
+        self._stepped_behind = self.micro_step
         if self.micro_step < self.config.accumulation:
             return None
         asked, self.save_requested = self.save_requested, False
@@ -289,7 +292,7 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.global_step, self._unit = state["global_step"], state["unit"]
-        self.micro_step = 0
+        self.micro_step = self._stepped_behind = 0
         self._totals.zero_()
         self.gradients.begin_step()
         self.scaler.load_state_dict(state["loss_scale"])
@@ -319,6 +322,16 @@ class Engine:
                 self.weights.adopt(chosen)
                 self.comm.barrier()
 
+    def _own_optimizer(self, given: torch.optim.Optimizer | OptimizerFactory) -> torch.optim.Optimizer:
+        """An optimizer of `self.trained`. One that was made for the model's parameters is taken over, also where a
+        factory made it so and did not look at what it was given."""
+        made = given if isinstance(given, torch.optim.Optimizer) else given(self.trained)
+        own = {parameter for _, parameter in self.trained}
+        members = (parameter for group in made.param_groups for parameter in group["params"])
+        if made is given or any(member.requires_grad and member not in own for member in members):
+            self.weights.stand_in(made)
+        return made
+
     # --- the step ----------------------------------------------------------------------------------------------
 
     def _choose_unit(self, weight: int) -> float:
@@ -333,8 +346,18 @@ class Engine:
         """The factor of torch's clip_grad_norm_."""
         return 1.0 if self.config.clip is None else min(1.0, self.config.clip / (norm + 1e-6))
 
+    def _traits(self) -> list[tuple[bool, torch.Size]]:
+        """Of each parameter that initialize saw: whether it requires a gradient, and its shape."""
+        return [(parameter.requires_grad, parameter.shape) for parameter in self._parameters.values()]
+
     def _check_parameters(self) -> None:
-        """Now and then: parameters that were put into the model later would not be reduced, in silence."""
+        """What changed in the model since initialize would be trained, or not be trained, in silence.
+
+        At each step the parameters that initialize saw, in 0.15 ms for 500; now and then whether there are others.
+        """
+        traits = self._traits()
+        if traits != self._seen_traits:
+            self._refuse_change(traits)
         if self.global_step > 2 and self.global_step % _CHECK_EVERY:
             return
         known = self._parameters
@@ -344,6 +367,14 @@ class Engine:
                 raise UsageError.mismatch(
                     f"parameter {name}", "the one that initialize saw", found, "change the model before initialize"
                 )
+
+    def _refuse_change(self, traits: Sequence[tuple[bool, torch.Size]]) -> None:
+        for name, now, seen in zip(self._parameters, traits, self._seen_traits, strict=True):
+            if now == seen:
+                continue
+            expected, found = (f"requires_grad={grad} and shape {tuple(shape)}" for grad, shape in (seen, now))
+            fix = "change it before initialize, or call initialize again for a new engine"
+            raise UsageError.mismatch(f"parameter {name}", f"{expected}, as initialize saw it", found, fix)
 
     def _check_finite(self, result: StepResult) -> None:
         step = self.global_step + 1
@@ -381,7 +412,7 @@ class Engine:
             self.gradients.launch_in(self.comm.all_gather_object(self.gradients.order())[0])
             self._is_ordered = True
         self.global_step += 1
-        self.micro_step = 0
+        self.micro_step = self._stepped_behind = 0
         self._totals.zero_()
         self.gradients.begin_step()
         self.weights.begin_step()

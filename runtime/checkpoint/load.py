@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,12 @@ from dstrain.runtime.spec.errors import CheckpointError, UsageError
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded. passed_over: why newer checkpoints were not."""
+    """What was loaded. passed_over: why newer checkpoints were not. extra: what the script has saved with it."""
 
     path: Path
     step: int
     passed_over: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve(root: Path, resume: str) -> Path | None:
@@ -123,7 +124,7 @@ def read_newest(path: Path) -> tuple[Loaded, State, Manifest]:
     """The checkpoint `path`, or the newest one below it that is whole. Raises CheckpointError."""
     if (path / FILE_NAME).is_file() or not path.is_dir():
         manifest, state = read(path)
-        return Loaded(path, manifest.step), state, manifest
+        return Loaded(path, manifest.step, extra=state.values.get("extra", {})), state, manifest
     passed_over: list[str] = []
     for step in steps_in(path):
         try:
@@ -131,7 +132,8 @@ def read_newest(path: Path) -> tuple[Loaded, State, Manifest]:
         except CheckpointError as error:
             passed_over.append(str(error))
             continue
-        return Loaded(folder_of(path, step), step, tuple(passed_over)), state, manifest
+        loaded = Loaded(folder_of(path, step), step, tuple(passed_over), state.values.get("extra", {}))
+        return loaded, state, manifest
     why = "; ".join(passed_over) or "no step-N with a manifest"
     raise CheckpointError(f"{path}: expected a whole checkpoint, found {why}")
 

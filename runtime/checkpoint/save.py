@@ -39,13 +39,14 @@ from dstrain.runtime.spec.errors import CheckpointError
 STATE_FILE = "state-0.safetensors"
 
 
-def save(engine: Engine, root: Path, keep_last: int | None = None) -> Path:
+def save(engine: Engine, root: Path, keep_last: int | None = None, extra: Mapping[str, Any] | None = None) -> Path:
     """Save the engine's state below `root` as step-N; all ranks call it, between two steps.
 
     Some small collectives of objects; sharded tensors are sent to rank 0 one at a time, which holds no more of them.
     keep_last: older checkpoints than so many are deleted, once this one stands. Checkpoints of later steps are of a
-    timeline that was left: they are deleted too, or set aside (`step-N.left-ID`) where all are kept. Raises
-    CheckpointError on all ranks, with the cause; what was there before is untouched then.
+    timeline that was left: they are deleted too, or set aside (`step-N.left-ID`) where all are kept. extra: plain
+    values of the script's, rank 0's, which `load` gives back. Raises CheckpointError on all ranks, with the cause; what
+    was there before is untouched then.
     """
     assert engine.micro_step == 0, "a checkpoint is saved between two steps"
     comm, step = engine.comm, engine.global_step
@@ -68,7 +69,8 @@ def save(engine: Engine, root: Path, keep_last: int | None = None) -> Path:
     def commit() -> str:
         if comm.rank:
             return ""
-        return _problem(lambda: draft.commit(captured.values, {"world_size": comm.world_size}), target) or _problem(
+        values = {**captured.values, "extra": extra or {}}
+        return _problem(lambda: draft.commit(values, {"world_size": comm.world_size}), target) or _problem(
             lambda: _retire(root, step, keep_last), target
         )
 

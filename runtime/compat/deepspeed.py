@@ -10,16 +10,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.compat import zero as zero
+from dstrain.runtime.compat.deepspeed_elsewhere import refuse_imports, words
 from dstrain.runtime.compat.deepspeed_engine import DeepSpeedEngine
+from dstrain.runtime.compat.deepspeed_groups import factory_of_groups, job_of_groups, trained_items
 from dstrain.runtime.compat.deepspeed_schedules import schedule_of
 from dstrain.runtime.initialization import UsersOptimizer, UsersScheduler, communicator
 from dstrain.runtime.initialization import initialize as _initialize
@@ -28,9 +31,18 @@ from dstrain.runtime.spec.data_config import BatchConfig
 from dstrain.runtime.spec.deepspeed.importer import import_deepspeed, read_deepspeed
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.load import job_of
-from dstrain.runtime.spec.training_config import GroupConfig
 
 __all__ = ["DeepSpeedEngine", "add_config_arguments", "init_distributed", "initialize", "zero"]
+
+__path__: list[str] = []
+"""As of a package without files, so that Python looks for `from …deepspeed.ops.adam import FusedAdam` here."""
+
+refuse_imports(__name__)
+
+
+def __getattr__(name: str) -> NoReturn:
+    raise AttributeError(words(__name__, name))
+
 
 _OWN = ("scheduler", "dataloader_drop_last")
 """Keys that this module honours by itself, where a job cannot."""
@@ -58,7 +70,8 @@ def initialize(
 
     config: DeepSpeed's keys or the path of their JSON; also as args.deepspeed_config or config_params.
     model_parameters: what the configured optimizer moves: all parameters that are trained, or groups of them with lr
-    and weight_decay. training_data: each rank's micro-batches of it, in DeepSpeed's order.
+    and weight_decay; a factory of optimizers is called with them, whatever the groups say.
+    training_data: each rank's micro-batches of it, in DeepSpeed's order.
     distributed_port, dist_init_required: the launcher has said where the ranks meet.
 
     Collectives: those of our engine. Raises UsageError; with a line for each key of config that has no counterpart and
@@ -78,7 +91,10 @@ def initialize(
         if "optimizer" not in keys:
             fix = "write the section optimizer, or pass an optimizer"
             raise UsageError.mismatch("deepspeed.initialize", "an optimizer", "none", fix)
-        job = _grouped(job, model, model_parameters)
+        if model_parameters is not None:
+            job = job_of_groups(job, model, trained_items(model, model_parameters))
+    elif not isinstance(optimizer, torch.optim.Optimizer) and model_parameters is not None:
+        optimizer = factory_of_groups(optimizer, model, trained_items(model, model_parameters))
     if lr_scheduler is None and "scheduler" in keys:
         lr_scheduler = schedule_of(keys["scheduler"])
     engine = _initialize(model, job, optimizer, lr_scheduler)
@@ -153,38 +169,6 @@ def _job(keys: Mapping[str, Any], comm: Communicator, passed: set[str]) -> tuple
 
 def _tell(line: str) -> None:
     print(f"dstrain: deepspeed config: {line}", file=sys.stderr, flush=True)
-
-
-def _grouped(job: JobConfig, model: nn.Module, given: Iterable[Any] | None) -> JobConfig:
-    """The job with the groups among model_parameters. Raises UsageError where trained ones are missing."""
-    if given is None:
-        return job
-    names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    seen: set[nn.Parameter] = set()
-    groups = []
-    for item in given:
-        group = dict(item) if isinstance(item, Mapping) else {"params": [item]}
-        members = group.pop("params")
-        members = [members] if isinstance(members, nn.Parameter) else list(members)
-        seen.update(members)
-        if unknown := group.keys() - {"lr", "weight_decay", "name"}:
-            found = ", ".join(sorted(unknown))
-            raise UsageError.mismatch("model_parameters", "groups with lr and weight_decay", found, "pass an optimizer")
-        if "lr" in group or "weight_decay" in group:
-            groups.append(_group(job, [names[p] for p in members if p in names], group))
-    if missing := [name for parameter, name in names.items() if parameter not in seen]:
-        found = f"{len(missing)} without ({', '.join(missing[:3])})"
-        fix = "model_parameters=model.parameters(), or requires_grad_(False) for what is not trained"
-        raise UsageError.mismatch("model_parameters", "all parameters that require a gradient", found, fix)
-    optimizer = job.optimizer.model_copy(update={"groups": tuple(g for g in groups if g is not None)})
-    return job.model_copy(update={"optimizer": optimizer})
-
-
-def _group(job: JobConfig, names: Sequence[str], group: Mapping[str, Any]) -> GroupConfig | None:
-    if not names:
-        return None
-    ratio = float(group.get("lr", job.optimizer.lr)) / job.optimizer.lr
-    return GroupConfig(match=tuple(names), lr_ratio=ratio, weight_decay=group.get("weight_decay"))
 
 
 def _loader(

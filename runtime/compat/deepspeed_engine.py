@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dstrain.runtime.checkpoint.load import load
+from dstrain.runtime.checkpoint.save import save
 from dstrain.runtime.engine import Engine, TorchSchedule
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import CheckpointError, UsageError
 
 LATEST = "latest"
-CLIENT_STATE = "client_state.json"
 
 
 class DeepSpeedEngine:
@@ -190,7 +191,8 @@ class DeepSpeedEngine:
     ) -> bool:
         """Save, on all ranks and between two steps, as save_dir/tag, by default global_stepN. True.
 
-        client_state: JSON, which load_checkpoint gives back. Raises UsageError, CheckpointError.
+        What the tag was before is deleted once the new one stands. client_state: JSON, rank 0's, a part of the
+        checkpoint, which load_checkpoint gives back. Raises UsageError, CheckpointError.
         """
         if exclude_frozen_parameters:
             raise UsageError.mismatch("engine.save_checkpoint", "all parameters saved", "exclude_frozen_parameters")
@@ -198,19 +200,17 @@ class DeepSpeedEngine:
             found = f"micro-batch {self._engine.micro_step} of {self.gradient_accumulation_steps()}"
             raise UsageError.mismatch("engine.save_checkpoint", "a call between two steps", found)
         try:
-            state = json.dumps(dict(client_state or {}))
+            json.dumps(dict(client_state or {}))
         except TypeError as error:
             raise UsageError.mismatch("engine.save_checkpoint: client_state", "JSON", str(error)) from None
         tag = tag or f"global_step{self.global_steps}"
-        self._engine.save_checkpoint(Path(save_dir) / str(tag))
+        save(self._engine, Path(save_dir) / str(tag), keep_last=1, extra=client_state)
         problem = None
-        if self.global_rank == 0:
+        if self.global_rank == 0 and save_latest:
             try:
-                (Path(save_dir) / str(tag) / CLIENT_STATE).write_text(state)
-                if save_latest:
-                    beside = Path(save_dir) / f"{LATEST}.tmp"
-                    beside.write_text(str(tag))
-                    beside.replace(Path(save_dir) / LATEST)
+                beside = Path(save_dir) / f"{LATEST}.tmp"
+                beside.write_text(str(tag))
+                beside.replace(Path(save_dir) / LATEST)
             except OSError as error:  # all ranks must hear of it
                 problem = f"{save_dir}: expected to save, found {error.strerror}"
         if problem := self._engine.comm.all_gather_object(problem)[0]:
@@ -230,12 +230,12 @@ class DeepSpeedEngine:
             if value != {**whole, "load_module_only": False, "custom_load_fn": None}.get(name, ...):
                 fix = "a checkpoint is loaded as a whole"
                 raise UsageError.mismatch("engine.load_checkpoint", "none of its other arguments", name, fix)
-        found, state = self._engine.comm.all_gather_object(_find(Path(load_dir), tag))[0]
+        found = self._engine.comm.all_gather_object(tag or _latest(Path(load_dir)))[0]
         if found is None:
             return None, None
-        self._engine.load_checkpoint(Path(load_dir) / found)
+        loaded = load(self._engine, Path(load_dir) / str(found))
         self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
-        return os.fspath(Path(load_dir) / found), state
+        return os.fspath(Path(load_dir) / str(found)), dict(loaded.extra)
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "", **settings: Any) -> bool:
         """Write the whole model in its dtype, at every stage, as save_dir/model.safetensors; on all ranks. True."""
@@ -250,14 +250,7 @@ class DeepSpeedEngine:
     save_fp16_model = save_16bit_model
 
 
-def _find(folder: Path, tag: str | None) -> tuple[str | None, dict[str, Any] | None]:
-    """The tag to load and its client_state, of this rank's disk."""
-    if tag is None:
-        if not (folder / LATEST).is_file():
-            return None, None
-        tag = (folder / LATEST).read_text().strip()
-    try:
-        state: dict[str, Any] = json.loads((folder / str(tag) / CLIENT_STATE).read_text())
-    except (OSError, ValueError):
-        state = {}
-    return str(tag), state
+def _latest(folder: Path) -> str | None:
+    """The tag that was saved last, on this rank's disk."""
+    path = folder / LATEST
+    return path.read_text().strip() if path.is_file() else None

@@ -62,10 +62,13 @@ def schedule_of(section: Any) -> Callable[[Optimizer], LambdaLR]:
         return float(lowest + (highest - lowest) * share)
 
     def made(optimizer: Optimizer) -> LambdaLR:
-        def factor(base: float) -> Callable[[int], float]:
-            return lambda epoch: rate(epoch - 1, base) / base
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
 
-        return LambdaLR(optimizer, [factor(float(group["lr"])) for group in optimizer.param_groups])
+        def factor(base: float) -> Callable[[int], float]:
+            peak = rates[0] if kind == "WarmupLR" else base  # so does DeepSpeed: the first group's for all
+            return lambda epoch: rate(epoch - 1, peak) / base
+
+        return LambdaLR(optimizer, [factor(base) for base in rates])
 
     return made
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dstrain.runtime.compat import deepspeed
 from dstrain.runtime.compat.deepspeed_schedules import schedule_of
-from dstrain.runtime.spec.errors import ConfigError, UsageError
+from dstrain.runtime.spec.errors import CheckpointError, ConfigError, UsageError
 
 RunRanks = Callable[..., list[Any]]
 
@@ -187,6 +187,47 @@ def test_groups_and_the_users_own_optimizer() -> None:
     assert made[3] is decays
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_factory_gets_the_groups_of_model_parameters(stage: int) -> None:
+    net = Net()
+    net.body[0].bias.requires_grad_(False)
+    groups = [
+        {"params": [net.body[2].weight, net.body[0].weight], "weight_decay": 0.25, "momentum": 0.5},
+        {"params": [net.body[0].bias, net.body[2].bias], "lr": 1.0},
+    ]
+    config = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    factory = lambda given: torch.optim.SGD(given, lr=0.5)  # noqa: E731
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=net, config=config, optimizer=factory, model_parameters=iter(groups)
+    )
+    found = [(g["lr"], g["weight_decay"], g["momentum"], len(g["params"])) for g in optimizer.param_groups]
+    assert found == [(0.5, 0.25, 0.5, 2), (1.0, 0, 0, 1)]
+    own = dict(engine._engine.trained)
+    members = [p for group in optimizer.param_groups for p in group["params"]]
+    assert all(
+        member is own[name]
+        for member, name in zip(members, ["body.2.weight", "body.0.weight", "body.2.bias"], strict=True)
+    )
+
+
+def test_model_parameters_of_another_model_are_refused() -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "scheduler"}
+    own = r"model_parameters: expected parameters of the model, found 1 that are not its own, .* \(7,\)"
+    for optimizer in (None, torch.optim.SGD):
+        net = Net()
+        for extra in ([nn.Parameter(torch.zeros(7))], [{"params": nn.Parameter(torch.zeros(7))}]):
+            with pytest.raises(UsageError, match=own):
+                deepspeed.initialize(
+                    model=net, config=config, optimizer=optimizer, model_parameters=[*net.parameters(), *extra]
+                )
+        with pytest.raises(UsageError, match=r"expected parameters or groups of them, found a tuple"):
+            deepspeed.initialize(model=net, config=config, optimizer=optimizer, model_parameters=net.named_parameters())
+        with pytest.raises(UsageError, match="expected all parameters that require a gradient, found 2 without"):
+            deepspeed.initialize(
+                model=net, config=config, optimizer=optimizer, model_parameters=net.body[0].parameters()
+            )
+
+
 def test_a_checkpoint_by_tag_with_the_clients_state(tmp_path: Path) -> None:
     engine, _, loader, _ = one_engine(training_data=dataset())
     assert engine.load_checkpoint(tmp_path) == (None, None)
@@ -208,6 +249,28 @@ def test_a_checkpoint_by_tag_with_the_clients_state(tmp_path: Path) -> None:
     assert again.get_lr() == [0.0]
     assert again.load_checkpoint(tmp_path) == (str(tmp_path / "last"), {})
     assert all(torch.equal(a, b) for a, b in zip(after, again.module.parameters(), strict=True))
+
+
+def test_a_tag_that_is_saved_again_is_the_newest_alone(tmp_path: Path) -> None:
+    engine, *_ = one_engine({"train_batch_size": 1, "optimizer": {"type": "SGD"}})
+    for number in range(3):
+        engine.backward(engine(torch.ones(1, 3), torch.ones(1, 1)))
+        engine.step()
+        engine.save_checkpoint(tmp_path, "last", client_state={"epoch": number})
+    assert [path.name.partition(".")[0] for path in (tmp_path / "last").iterdir()] == ["step-3"]
+
+    engine.backward(engine(torch.ones(1, 3), torch.ones(1, 1)))
+    engine.step()
+    with pytest.MonkeyPatch.context() as patch:  # a save that fails leaves the one before, with its own client_state
+        patch.setattr("dstrain.runtime.checkpoint.save._sync", failing)
+        with pytest.raises(CheckpointError, match="expected to save step 4"):
+            engine.save_checkpoint(tmp_path, "last", client_state={"epoch": 3})
+    assert engine.load_checkpoint(tmp_path)[1] == {"epoch": 2}
+    assert engine.global_steps == 3
+
+
+def failing(path: Path) -> None:
+    raise OSError(28, "No space left on device", str(path))
 
 
 def test_a_checkpoint_and_the_model_of_stage_3(tmp_path: Path, run_ranks: RunRanks) -> None:
@@ -261,6 +324,25 @@ def test_what_it_does_not_do_says_so(capsys: pytest.CaptureFixture[str]) -> None
     with deepspeed.zero.Init(enabled=False):
         Net()
     assert capsys.readouterr().err.count("deepspeed.zero.Init: the model is made whole on every rank") == 1
+
+
+def test_parts_that_are_not_here_say_what_to_write() -> None:
+    with pytest.raises(AttributeError, match=r"^deepspeed.init_inference: .*; write the model by engine.save_16bit"):
+        deepspeed.init_inference(Net())
+    assert not hasattr(deepspeed, "ops")
+    with pytest.raises(AttributeError, match=r"has no attribute 'initialise'; see docs/deepspeed.md"):
+        _ = deepspeed.initialise
+    package = deepspeed.__name__
+    for line, words in (
+        (f"from {package} import ops", r"^deepspeed.ops: .*; write the section optimizer"),
+        (f"from {package}.ops.adam import FusedAdam", r"^deepspeed.ops: .*torch.optim.AdamW"),
+        (f"import {package}.comm", r"^deepspeed.comm: .*; write torch.distributed"),
+        (f"from {package} import PipelineModule", r"^deepspeed.PipelineModule: .*; there is data parallelism only"),
+        (f"from {package} import initialise", r"cannot import name 'initialise'"),
+        (f"import {package}.initialise", r"No module named"),
+    ):
+        with pytest.raises(ImportError, match=words):
+            exec(line, {})
 
 
 def test_keys_that_change_no_number_are_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,3 +435,16 @@ def test_deepspeeds_schedules(section: dict[str, Any], expected: list[float]) ->
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx(expected)
+
+
+def test_a_warm_up_without_a_peak_takes_the_first_groups_for_all() -> None:
+    """DeepSpeed's WarmupLR: `warmup_max_lr = [group['lr'] for group in optimizer.param_groups][0]`."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.25)]
+    optimizer = torch.optim.SGD(groups)
+    schedule = schedule_of({"type": "WarmupLR", "params": {"warmup_num_steps": 2, "warmup_type": "linear"}})(optimizer)
+    rates = []
+    for _ in range(4):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert rates == [[0, 0], [0, 0], [0.5, 0.5], [1, 1]]

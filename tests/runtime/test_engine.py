@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -385,6 +386,19 @@ def test_a_second_backward_needs_a_step() -> None:
         engine.backward(model(torch.ones(1, 2)).sum())
 
 
+def test_a_step_needs_a_backward() -> None:
+    model = nn.Linear(2, 1)
+    engine = engine_of(model, single(), accumulation=2)
+    model(torch.ones(1, 2)).sum().backward()  # torch's alone: the engine would wait for its own for ever
+    for finished in (None, False, True):
+        if finished is not None:
+            engine.backward(model(torch.ones(1, 2)).sum())
+            assert (engine.step() is not None) == finished
+        with pytest.raises(UsageError, match=r"engine.step: expected engine.backward\(loss\) before every step\(\)"):
+            engine.step()
+    assert engine.global_step == 1
+
+
 def test_a_backward_of_somebody_else_counts_for_nothing() -> None:
     def norm(disturbed: bool) -> float:
         torch.manual_seed(0)
@@ -444,6 +458,33 @@ def test_a_parameter_that_came_later_is_refused() -> None:
     model[1].bias = nn.Parameter(torch.zeros(3))
     engine.backward(model(torch.ones(1, 2)).mean())
     with pytest.raises(UsageError, match=r"parameter 1\.weight: expected the one .* of shape \(3, 2\)"):
+        engine.step()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_parameter_that_is_frozen_or_trained_later_is_refused(stage: int, trained: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(trained)
+    config = EngineConfig(zero=ZeroConfig(stage=stage, resident_elements=0))
+    factory = lambda parameters: make_optimizer(parameters, OPTIMIZER)  # noqa: E731
+    engine = Engine(model, single(), config, factory, TorchSchedule(None))
+    for _ in range(6):
+        engine.backward(engine(torch.ones(1, 2)).mean())
+        engine.step()
+    model[0].weight.requires_grad_(not trained)
+    engine.backward(engine(torch.ones(1, 2)).mean())
+    expected = f"parameter 0.weight: expected requires_grad={trained} and shape (2, 2), as initialize saw it, found "
+    with pytest.raises(UsageError, match=re.escape(f"{expected}requires_grad={not trained}")):
+        engine.step()
+
+
+def test_a_parameter_of_another_shape_is_refused() -> None:
+    model = nn.Linear(2, 2)
+    engine = engine_of(model, single())
+    engine.backward(engine(torch.ones(1, 2)).mean())
+    model.weight.data = torch.zeros(3, 2)
+    with pytest.raises(UsageError, match=r"parameter weight: .* found requires_grad=True and shape \(3, 2\)"):
         engine.step()
 
 

@@ -106,6 +106,17 @@ def test_an_optimizer_made_for_the_model_moves_the_masters() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_factory_that_makes_an_optimizer_of_the_model_moves_the_masters(stage: int) -> None:
+    model = model_of()
+    config = {"precision": {"dtype": "bf16"}, "zero": {"stage": stage}}
+    engine = initialize(model, config, lambda _: torch.optim.SGD(model.parameters(), lr=0.1))
+    before = [p.detach().clone() for _, p in engine.trained]
+    engine.backward(engine(torch.ones(2, 3).bfloat16()).float().sum())
+    engine.step()
+    assert any(not torch.equal(a, b) for a, (_, b) in zip(before, engine.trained, strict=True))
+
+
 def test_micro_batches_accumulate_and_only_the_last_steps() -> None:
     config = {"batch": {"global": 8, "micro": 2}, "optimizer": {"lr": 0.01}, "train": {"steps": 3}}
     engine = initialize(model_of(), config, training_data=dataset())

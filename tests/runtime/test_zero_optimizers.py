@@ -68,6 +68,24 @@ def test_a_users_own_optimizer_and_scheduler(run_ranks: RunRanks, model: Callabl
     compare(run_ranks, 2, replace(ODD, model=model, optimizer=users_own))
 
 
+def factory_of_the_models_own(model: nn.Module) -> tuple[Any, TorchSchedule]:
+    return lambda _: users_own(model)[0], TorchSchedule(None)
+
+
+@pytest.mark.parametrize("model", [Odd, Frozen])
+def test_a_factory_that_looks_at_the_model_alone(run_ranks: RunRanks, model: Callable[[], nn.Module]) -> None:
+    compare(run_ranks, 2, replace(ODD, model=model, optimizer=factory_of_the_models_own))
+
+
+def test_a_factory_of_somebody_elses_parameters_is_refused() -> None:
+    comm = Communicator(0, 1, 0, torch.device("cpu"))
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(7))], lr=LR)
+    training = replace(ODD, optimizer=lambda _: (lambda _: other, TorchSchedule(None)))
+    for zero in ({"stage": 0}, *STAGES.values()):
+        with pytest.raises(UsageError, match=r"optimizer: expected parameters of the model .* of shape \(7,\)"):
+            engine_of(training, comm, zero)
+
+
 def test_an_optimizer_that_cannot_be_sharded_is_refused_with_its_reason() -> None:
     comm = Communicator(0, 1, 0, torch.device("cpu"))
     training = replace(ODD, optimizer=lambda model: (torch.optim.LBFGS(model.parameters()), TorchSchedule(None)))

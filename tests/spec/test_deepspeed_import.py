@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.runtime.spec.deepspeed.importer import Imported, import_deepspeed, read_deepspeed
+from dstrain.runtime.spec.deepspeed.optimizer import TORCHS
 from dstrain.runtime.spec.deepspeed.verdict import Fate
 from dstrain.runtime.spec.errors import ConfigError
 from dstrain.runtime.spec.load import job_of
@@ -362,7 +365,11 @@ def test_clipping_that_is_not_given_is_told() -> None:
             {"type": "SGD", "params": {"lr": 0.1, "nesterov": True, "momentum": 0.9}},
             {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "args": {"nesterov": True}},
         ),
-        ({"type": "Adagrad"}, {"factory": "torch.optim:Adagrad", "weight_decay": 0.0}),
+        ({"type": "Adagrad"}, {"factory": "torch.optim:Adagrad", "weight_decay": 0.0, "lr": 0.01}),
+        (
+            {"type": "RMSprop", "params": {"lr": 0.5}},
+            {"factory": "torch.optim:RMSprop", "weight_decay": 0.0, "lr": 0.5},
+        ),
     ],
     ids=str,
 )
@@ -384,6 +391,13 @@ def test_an_optimizer_that_is_refused(config: dict[str, Any], key: str, words: s
     fate, note = verdicts({"optimizer": config})[key]
     assert fate == "refused"
     assert words in note
+
+
+@pytest.mark.parametrize("kind", TORCHS)
+def test_an_optimizer_of_torchs_has_its_own_default_rate(kind: str) -> None:
+    default = inspect.signature(getattr(torch.optim, kind)).parameters["lr"].default
+    for section in ({"type": kind}, {"type": kind, "params": {}}):
+        assert values({"optimizer": section})["optimizer"]["lr"] == default
 
 
 def test_schedulers() -> None:

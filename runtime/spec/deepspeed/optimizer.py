@@ -8,8 +8,17 @@ from typing import Any
 
 from dstrain.runtime.spec.deepspeed.verdict import AUTO, AUTO_NOTE, Verdict, honoured, mapped, number, refused, wrong
 
-TORCHS = ("Adadelta", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
-"""Taken from torch.optim under this name, as DeepSpeed does."""
+TORCHS = {
+    "Adadelta": 1.0,
+    "Adagrad": 1e-2,
+    "Adamax": 2e-3,
+    "ASGD": 1e-2,
+    "NAdam": 2e-3,
+    "RAdam": 1e-3,
+    "RMSprop": 1e-2,
+    "Rprop": 1e-2,
+}
+"""Taken from torch.optim under this name, as DeepSpeed does; and their own default lr, which is not always ours."""
 
 _ADAM = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 """Defaults of DeepSpeed's own Adam; torch_adam has torch's weight decay, 0.01."""
@@ -43,9 +52,10 @@ def judge_optimizer(section: Mapping[str, Any]) -> Judged:
     elif name == "sgd":
         yield "type", kind, mapped({"optimizer.name": "sgd", "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0})
         yield from _params(params, {"lr", "momentum", "weight_decay"})
-    elif kind in TORCHS or name == "adagrad":
-        path = "torch.optim:Adagrad" if name == "adagrad" else f"torch.optim:{kind}"
-        yield "type", kind, mapped({"optimizer.factory": path, "optimizer.weight_decay": 0.0})
+    elif name == "adagrad" or (name and kind in TORCHS):
+        torchs = "Adagrad" if name == "adagrad" else str(kind)
+        values = {"optimizer.factory": f"torch.optim:{torchs}", "optimizer.weight_decay": 0.0}
+        yield "type", kind, mapped(values if "lr" in params else {**values, "optimizer.lr": TORCHS[torchs]})
         yield from _params(params, {"lr", "weight_decay"})
     else:
         yield "type", kind, _unknown(kind, name)

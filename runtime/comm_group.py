@@ -20,11 +20,13 @@ backend's.
 The source of a gather is a buffer that stays where it is, a rank's shard. `direct` reads the others' whenever it likes,
 without their doing anything: ranks do not wait for each other from unit to unit. So whoever changes its buffers does it
 behind a collective that shows that all have read them (the one that ends a step, or `settle`), and says behind it that
-they have a new version (`announce`), for which the others wait.
+they have a new version (`announce`), for which the others wait. A process that ends takes its memory with it: it first
+waits until the others have done as many gathers as it has begun, a number that it reads from them.
 """
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -50,6 +52,9 @@ _COLLECT, _ALL_REDUCE, _VERSION, _READ = (1 << power for power in range(20, 24))
 
 SILENCE_S = 600.0
 """The longest wait for a neighbour, as for all others."""
+
+LEAVE_S = 60.0
+"""The longest that a rank whose script is over waits for others that still read its memory."""
 
 _CHUNK = 1 << 18
 """Elements that are read and added at a time: they stay in a core's cache."""
@@ -131,6 +136,7 @@ class CommGroup:
         self._neighbours: Neighbours | None = None
         self._shared: list[list[int]] = []
         self._version, self._heard = 0, [0] * self.size
+        self._started_gathers, self._finished_gathers = 0, torch.zeros(1, dtype=torch.int64)
         self._works: dict[str, _Works] = {}
         self._scratches: dict[tuple[str, torch.dtype], Tensor] = {}
 
@@ -180,7 +186,22 @@ class CommGroup:
     def share(self, buffers: Sequence[Tensor]) -> None:
         """The sources of gathers, by their numbers; they have their numbers and stay where they are. [Note: shared]"""
         if self.size > 1 and self.algorithm == "direct":
-            self._shared = self._everyone([buffer.data_ptr() for buffer in buffers])
+            self._shared = self._everyone([buffer.data_ptr() for buffer in (*buffers, self._finished_gathers)])
+            atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """Behind the script: let the others read what they still need."""
+        assert self._neighbours is not None
+        theirs, deadline = torch.zeros(1, dtype=torch.int64), time.monotonic() + LEAVE_S
+        for other in range(self.size):
+            while other != self.index and time.monotonic() < deadline:
+                try:
+                    self._neighbours.read(other, self._shared[other][-1], theirs)
+                except RuntimeError:  # it has gone
+                    break
+                if int(theirs) >= self._started_gathers:
+                    break
+                time.sleep(0.01)
 
     def announce(self) -> None:
         """The shared buffers have a new version; every rank calls it. [Note: shared]"""
@@ -261,6 +282,7 @@ class CommGroup:
             return self._on_thread("gather", lambda: self._ring_gather(flat, bounds, tag))
         if algorithm == "direct":
             version = self._version
+            self._started_gathers += 1
             return self._on_thread("gather", lambda: self._direct_gather(flat, bounds, tag // 2, version))
         operations = []
         for distance in range(1, self.size):
@@ -356,6 +378,7 @@ class CommGroup:
             while self._heard[source] < version:
                 self._heard[source] = self._neighbours.hear(source, "gather", _VERSION)
             self._neighbours.read(source, self._shared[source][number], flat[bounds[source] : bounds[source + 1]])
+        self._finished_gathers += 1
 
     def _direct_reduce_scatter(self, flat: Tensor, bounds: Sequence[int], out: Tensor, tag: int, add: bool) -> None:
         self._sum_own(flat, bounds, out, self._exchange(flat.data_ptr(), tag), add)

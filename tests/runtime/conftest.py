@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import gc
 import multiprocessing
@@ -110,8 +111,10 @@ def _reply(reader: connection.Connection) -> tuple[bool, Any]:
 def _be_rank(rank: int, work: Callable[[int], Any], writer: connection.Connection, deadline: float) -> None:
     faulthandler.dump_traceback_later(max(1.0, deadline - time.monotonic() - 5), file=sys.__stderr__)  # where it hangs
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    atexit._clear()  # the parent's
     try:
         reply = (True, work(rank))
+        atexit._run_exitfuncs()  # a multiprocessing child ends without them, a rank does not
     except BaseException:
         reply = (False, traceback.format_exc())
     writer.send_bytes(pickle.dumps(reply))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dstrain.runtime.comm import Communicator, Pending
+from dstrain.runtime.comm_group import CommGroup
 from dstrain.runtime.engine import Engine, EngineConfig, StepResult, TorchSchedule
 from dstrain.runtime.models.gpt import GPT, next_token_loss
 from dstrain.runtime.optimizers import make_optimizer
@@ -235,7 +236,7 @@ def test_accumulation_communicates_once(run_ranks: RunRanks) -> None:
 
     elements = sum(parameter.numel() for parameter in gpt().parameters())
     for once, six_micro_batches in run_ranks(2, work):
-        assert once == six_micro_batches == 4 * elements + 40  # 2·(N−1)/N = 1; five doubles of the step
+        assert once == six_micro_batches == 4 * elements + 56  # 2·(N−1)/N = 1; seven doubles of the step
 
 
 class Recording(Communicator):
@@ -247,6 +248,12 @@ class Recording(Communicator):
 
     def broadcast(self, tensor: Tensor) -> None:
         self.notes.append(f"broadcast {tensor.numel()}")
+
+    def everyone(self) -> CommGroup:
+        return cast(CommGroup, self)
+
+    def choose(self, wish: str) -> None:
+        assert wish == "auto"
 
     def start_all_reduce(self, tensor: Tensor) -> Pending:
         self.notes.append(f"all_reduce {tensor.numel()}")

@@ -153,6 +153,8 @@ def _zero(value: Any, stage: int) -> Judged:
         what = _OFFLOADS.get(key)
         if what is None:
             yield from _section({key: found}, zero_rules(stage), "zero_optimization", optional=False)
+        elif found == {}:
+            yield key, found, honoured("without effect: nothing is offloaded")
         elif isinstance(found, Mapping):
             yield from _offload(found, what, stage, key)
         else:

@@ -97,6 +97,7 @@ class Trainer:
         self.task = task_of(self.data.training.batch(range(1)), job.train.loss)
         self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
         self.checkpoints = folder_of_job(job)
+        self.saved_at = time.monotonic()
         self.has_begun = False  # the model has taken a batch
         self.has_validated = False  # and one of validation
 
@@ -116,6 +117,7 @@ class Trainer:
         first, prefetch = self.engine.global_step, self.job.data.prefetch
         with Loader(self.data.training, self.layout, first, prefetch, self.comm.device) as loader:
             while self.engine.global_step < self.steps:
+                self._ask_by_the_clock()
                 result = self.train_step(loader)
                 step = self.engine.global_step
                 if self.data.validation is not None and (step == self.steps or (every and step % every == 0)):
@@ -188,8 +190,18 @@ class Trainer:
         assert self.checkpoints is not None
         assert self.job.checkpoint is not None
         begun = time.perf_counter()
-        path = save(self.engine, self.checkpoints, self.job.checkpoint.keep_last)
+        config = self.job.checkpoint
+        path = save(self.engine, self.checkpoints, config.keep_last, keep_every=config.keep_every)
         self.report.saved(path, time.perf_counter() - begun)
+        self.saved_at = time.monotonic()
+
+    def _ask_by_the_clock(self) -> None:
+        """Rank 0's clock asks all ranks for a checkpoint, by way of the step."""
+        config = self.job.checkpoint
+        if self.comm.rank or config is None or config.every_minutes is None:
+            return
+        if time.monotonic() - self.saved_at >= 60 * config.every_minutes:
+            self.engine.save_requested = True
 
     def _is_time_to_save(self, step: int, asked: bool) -> bool:
         config = self.job.checkpoint

@@ -39,14 +39,20 @@ from dstrain.runtime.spec.errors import CheckpointError
 STATE_FILE = "state-0.safetensors"
 
 
-def save(engine: Engine, root: Path, keep_last: int | None = None, extra: Mapping[str, Any] | None = None) -> Path:
+def save(
+    engine: Engine,
+    root: Path,
+    keep_last: int | None = None,
+    extra: Mapping[str, Any] | None = None,
+    keep_every: int | None = None,
+) -> Path:
     """Save the engine's state below `root` as step-N; all ranks call it, between two steps.
 
     Some small collectives of objects; sharded tensors are sent to rank 0 one at a time, which holds no more of them.
     keep_last: older checkpoints than so many are deleted, once this one stands. Checkpoints of later steps are of a
-    timeline that was left: they are deleted too, or set aside (`step-N.left-ID`) where all are kept. extra: plain
-    values of the script's, rank 0's, which `load` gives back. Raises CheckpointError on all ranks, with the cause; what
-    was there before is untouched then.
+    timeline that was left: they are deleted too, or set aside (`step-N.left-ID`) where all are kept. keep_every: steps
+    whose multiples stay. extra: plain values of the script's, rank 0's, which `load` gives back. Raises CheckpointError
+    on all ranks, with the cause; what was there before is untouched then.
     """
     assert engine.micro_step == 0, "a checkpoint is saved between two steps"
     comm, step = engine.comm, engine.global_step
@@ -71,7 +77,7 @@ def save(engine: Engine, root: Path, keep_last: int | None = None, extra: Mappin
             return ""
         values = {**captured.values, "extra": extra or {}}
         return _problem(lambda: draft.commit(values, {"world_size": comm.world_size}), target) or _problem(
-            lambda: _retire(root, step, keep_last), target
+            lambda: _retire(root, step, keep_last, keep_every), target
         )
 
     if engine.weights.sharers > 1:
@@ -115,7 +121,7 @@ def check_writable(root: Path, comm: Communicator) -> None:
         raise CheckpointError(f"checkpoint.dir: expected a folder that can be written, found {problem}; {fix}")
 
 
-def _retire(root: Path, step: int, keep_last: int | None) -> None:
+def _retire(root: Path, step: int, keep_last: int | None, keep_every: int | None) -> None:
     """Behind the commit of `step`: those before it that are too many, and those after it, which are of another life."""
     held = steps_in(root)
     for later in (other for other in held if other > step):
@@ -126,7 +132,8 @@ def _retire(root: Path, step: int, keep_last: int | None) -> None:
             _remove(folder_of(root, later))
     if keep_last is not None:
         for old in [other for other in held if other <= step][keep_last:]:
-            _remove(folder_of(root, old))
+            if keep_every is None or old % keep_every:
+                _remove(folder_of(root, old))
 
 
 def save_model(engine: Engine, folder: Path) -> Path:

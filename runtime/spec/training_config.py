@@ -215,7 +215,13 @@ class CheckpointConfig(Section):
     every_steps: Count | None = Field(
         default=None, description="Steps between two; by default only at the end and on SIGTERM or SIGUSR1."
     )
+    every_minutes: Positive | None = Field(
+        default=None, description="Minutes between two, by rank 0's clock; beside every_steps."
+    )
     keep_last: Count | None = Field(default=2, description="Newest checkpoints to keep; null keeps all.")
+    keep_every: Count | None = Field(
+        default=None, description="Steps whose multiples are kept too, whatever keep_last says."
+    )
     resume: str | None = Field(
         default=None,
         description="auto: from the newest whole one, if there is any; a step; or the path of one. As `--resume`.",

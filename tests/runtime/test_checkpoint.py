@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -372,6 +374,26 @@ def test_only_the_newest_are_kept_and_torsos_are_swept(job: Path, tmp_path: Path
     (tmp_path / "saved" / "step-3.tmp-dead").mkdir(parents=True)
     train(job, tmp_path / "events", "--set", "checkpoint.keep_last=2")
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["step-15", "step-20"]
+
+
+def test_every_nth_is_kept_too(job: Path, tmp_path: Path) -> None:
+    train(job, tmp_path / "events", "--set", "checkpoint.keep_last=1", "--set", "checkpoint.keep_every=10")
+    assert steps_in(tmp_path / "saved") == [20, 10]
+
+
+def test_minutes_between_two_are_those_of_rank_zeros_clock(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(step=7.0)  # seconds, read before each step and behind each save
+    own = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(trainer, "time", own)
+    words = ["checkpoint.every_steps=null", "checkpoint.every_minutes=0.75", "checkpoint.keep_last=null"]
+    events = train(job, tmp_path / "events", *(word for one in words for word in ("--set", one)))
+    saved = [event["step"] for event in events if event["kind"] == "checkpoint"]
+    assert len(saved) > 2
+    gaps = {after - before for before, after in itertools.pairwise(saved[:-1])}
+    assert len(gaps) == 1
+    assert saved[-1] == 20
 
 
 def test_another_runs_checkpoints_are_not_written_over(job: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ _REMEDY = "a smaller optimizer.lr, a longer schedule.warmup_steps or train.clip 
 
 _CHECK_EVERY = 100
 
+LEFT_OUT_IN_A_ROW = 10
+"""Steps that are not finite that `skip` bears: the weights stay as they are, so that only other samples can mend it."""
+
 OptimizerFactory = Callable[[Sequence[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
@@ -54,7 +57,8 @@ OptimizerFactory = Callable[[Sequence[tuple[str, nn.Parameter]]], torch.optim.Op
 class EngineConfig:
     """The engine's share of a job.
 
-    clip: largest global norm, or None. accumulation: micro-batches of a step.
+    clip: largest global norm, or None. accumulation: micro-batches of a step. on_nonfinite: `skip` leaves out a step
+    whose loss or gradient is not finite; the others raise, and whoever trains may rewind.
     """
 
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -64,12 +68,14 @@ class EngineConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     ema_decay: float | None = None
     compile: bool = False
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
 
 
 class StepResult(NamedTuple):
     """What one step gives, the same on every rank. grad_norm: before clipping. tokens: of all ranks.
 
-    skipped: the gradients overflowed fp16, nothing was updated. stop, save: a rank has been asked to.
+    skipped: the gradients overflowed fp16 or were not finite, nothing was updated. stop, save: a rank has been asked
+    to.
     """
 
     loss: float
@@ -140,6 +146,7 @@ class Engine:
         self.scaler = LossScaler(config.precision.loss_scale, enabled=config.precision.dtype == "fp16")
         self.average = WeightAverage(self.trained, config.ema_decay) if config.ema_decay else None
         self._is_ordered = False
+        self._left_out = 0  # steps in a row that were not finite
         adopt = Hook(lambda *_: self.weights.adopt(list(module.parameters())))
         module.register_load_state_dict_post_hook(adopt)  # type: ignore[no-untyped-call] # torch's
         self._forward: Callable[..., Any] = torch.compile(module) if config.compile else module
@@ -200,7 +207,7 @@ class Engine:
 
         Raises UsageError where no backward() has come since the last call; and NonFiniteError, on all ranks at the
         same step and before any parameter changes, when the loss or the gradient is not finite (an fp16 gradient that
-        overflows skips the step instead).
+        overflows skips the step instead, and so does on_nonfinite: skip).
         """
         if self.micro_step == self._stepped_behind:
             fix = "write engine.backward(loss) in place of loss.backward()"
@@ -227,16 +234,18 @@ class Engine:
         norm = math.sqrt(total * self.weights.sharers / self.world_size if self.weights.sharers > 1 else total)
         divisor = tokens * self.scaler.value / self._unit if tokens else 1.0
         result = StepResult(loss_sum / max(tokens, 1), norm / divisor, int(tokens), stop=stop > 0, save=save > 0)
-        overflowed = self.scaler.enabled and math.isfinite(result.loss) and not math.isfinite(result.grad_norm)
-        if not overflowed:
-            self._check_finite(result)
+        is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+        overflowed = self.scaler.enabled and math.isfinite(result.loss) and not is_finite
+        self._left_out = 0 if is_finite or overflowed else self._left_out + 1
+        if self._left_out and (self.config.on_nonfinite != "skip" or self._left_out > LEFT_OUT_IN_A_ROW):
+            self._fail_non_finite(result)
         self.learning_rate = self.schedule.apply(self.optimizer, self.global_step + 1)
         self.grad_norm = result.grad_norm
-        if not overflowed:
+        if is_finite:
             self._update(self._clip_factor(result.grad_norm) / divisor)
         self.scaler.update(overflowed)
         self._begin_step()
-        return result._replace(skipped=overflowed)
+        return result._replace(skipped=not is_finite)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -376,24 +385,23 @@ class Engine:
             fix = "change it before initialize, or call initialize again for a new engine"
             raise UsageError.mismatch(f"parameter {name}", f"{expected}, as initialize saw it", found, fix)
 
-    def _check_finite(self, result: StepResult) -> None:
+    def _fail_non_finite(self, result: StepResult) -> NoReturn:
         step = self.global_step + 1
         if not math.isfinite(result.loss):
             everyones = self.comm.all_gather_object(float(self._own_loss))
             ranks = [rank for rank, own in enumerate(everyones) if not math.isfinite(own)]
             where = f" on {ranks_in_words(ranks)}" if 0 < len(ranks) < self.world_size else ""
             raise NonFiniteError(f"step {step}: expected a finite loss, found {result.loss}{where}; {_REMEDY}")
-        if not math.isfinite(result.grad_norm):
-            here = first_non_finite([(name, gradient) for name, _, gradient in self.weights.with_gradients()])
-            words = self.comm.all_gather_object((here, self.gradients.sample_is_finite()))
-            found = next((named for named, _ in words if named), None)
-            more = f" and {found[1] - 1} more" if found and found[1] > 1 else ""
-            where = f" (in {found[0]}{more})" if found else " (its square overflows)"
-            ranks = [rank for rank, (_, is_finite) in enumerate(words) if not is_finite]
-            whose = f" on {ranks_in_words(ranks)}" if 0 < len(ranks) < self.world_size else ""
-            raise NonFiniteError(
-                f"step {step}: expected a finite gradient, found norm {result.grad_norm}{where}{whose}; {_REMEDY}"
-            )
+        here = first_non_finite([(name, gradient) for name, _, gradient in self.weights.with_gradients()])
+        words = self.comm.all_gather_object((here, self.gradients.sample_is_finite()))
+        found = next((named for named, _ in words if named), None)
+        more = f" and {found[1] - 1} more" if found and found[1] > 1 else ""
+        where = f" (in {found[0]}{more})" if found else " (its square overflows)"
+        ranks = [rank for rank, (_, is_finite) in enumerate(words) if not is_finite]
+        whose = f" on {ranks_in_words(ranks)}" if 0 < len(ranks) < self.world_size else ""
+        raise NonFiniteError(
+            f"step {step}: expected a finite gradient, found norm {result.grad_norm}{where}{whose}; {_REMEDY}"
+        )
 
     def _update(self, scale: float) -> None:
         self.gradients.scale(scale)

@@ -98,6 +98,7 @@ def engine_config(job: JobConfig, accumulation: int) -> EngineConfig:
         precision=job.precision,
         ema_decay=job.train.ema_decay,
         compile=job.train.compile,
+        on_nonfinite=job.train.on_nonfinite,
     )
 
 

@@ -21,7 +21,7 @@ def step_line(
 ) -> str:
     """One line of progress that fits `WIDTH`: words are shortened, and at last numbers left out, until it does.
 
-    The gradient's norm is that before clipping; a step that overflowed fp16 says `skipped` in its place.
+    The gradient's norm is that before clipping; a step that was left out says `skipped` in its place.
     rate: of what `unit` says (tokens, samples), in a second. memory_bytes: peak of rank 0. mfu: share of the device's
     peak, from 0 to 1. Either may be None: not known.
     """

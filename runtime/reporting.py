@@ -120,6 +120,13 @@ class Reporter:
         self._events.emit("resume", step=loaded.step, path=str(loaded.path))
         self.say(f"resumed from step {loaded.step}: {loaded.path}")
 
+    def rewound(self, loaded: Loaded, why: str) -> None:
+        """Behind going back to a checkpoint."""
+        self._events.emit("warning", text=f"rewound: {why}")
+        self.say(f"warning: {why}")
+        self.resumed(loaded)
+        self._began, self._first_step = time.perf_counter(), loaded.step
+
     def stopped(self, step: int) -> None:
         """Asked to end before the last step."""
         self._events.emit("end", step=step, stopped=True, elapsed_s=time.perf_counter() - self._began)

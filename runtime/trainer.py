@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from dstrain.runtime.activation_checkpointing import checkpoint_activations
-from dstrain.runtime.checkpoint.load import folder_of_job, resume_job
+from dstrain.runtime.checkpoint.load import folder_of_job, load, resume_job
+from dstrain.runtime.checkpoint.manifest import steps_in
 from dstrain.runtime.checkpoint.save import check_writable, save
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.data import open_data
@@ -43,7 +44,7 @@ from dstrain.runtime.models.language import generate
 from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.reporting import Reporter
 from dstrain.runtime.spec.config import JobConfig
-from dstrain.runtime.spec.errors import ConfigError, DstrainError, UsageError
+from dstrain.runtime.spec.errors import ConfigError, DstrainError, NonFiniteError, UsageError
 from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.spec.load import load_job, load_resolved
@@ -98,6 +99,8 @@ class Trainer:
         self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
         self.checkpoints = folder_of_job(job)
         self.saved_at = time.monotonic()
+        self.val_loss: float | None = None  # the last
+        self.rewound_at: int | None = None  # the step whose numbers were not finite
         self.has_begun = False  # the model has taken a batch
         self.has_validated = False  # and one of validation
 
@@ -113,23 +116,45 @@ class Trainer:
         if loaded is not None:
             self.report.resumed(loaded)
         self.report.start(self.sequence_length)
-        every, val_loss = self.job.train.eval_every, None
-        first, prefetch = self.engine.global_step, self.job.data.prefetch
-        with Loader(self.data.training, self.layout, first, prefetch, self.comm.device) as loader:
+        is_over = False
+        while not is_over:
+            try:
+                if not self._train_from_here():
+                    return False
+                is_over = True
+            except NonFiniteError as error:
+                self._rewind(error)
+        self._show_sample()
+        self.report.end(self.val_loss)
+        return True
+
+    def _train_from_here(self) -> bool:
+        """All steps that are left; False when it was asked to end before."""
+        every, prefetch = self.job.train.eval_every, self.job.data.prefetch
+        with Loader(self.data.training, self.layout, self.engine.global_step, prefetch, self.comm.device) as loader:
             while self.engine.global_step < self.steps:
                 self._ask_by_the_clock()
                 result = self.train_step(loader)
                 step = self.engine.global_step
                 if self.data.validation is not None and (step == self.steps or (every and step % every == 0)):
-                    val_loss = self.validate()
+                    self.val_loss = self.validate()
                 if self._is_time_to_save(step, asked=result.save or result.stop):
                     self.save()
                 if result.stop and step < self.steps:
                     self.report.stopped(step)
                     return False
-        self._show_sample()
-        self.report.end(val_loss)
         return True
+
+    def _rewind(self, error: NonFiniteError) -> None:
+        """Go on from the newest checkpoint, where `train.on_nonfinite` says so, or raise `error`: also where there is
+        none, or where the same step fails again, for it will for ever. The ranks decide alike."""
+        step = self.engine.global_step + 1
+        if self.job.train.on_nonfinite != "rewind" or self.checkpoints is None or step == self.rewound_at:
+            raise error
+        if not self.comm.all_gather_object(bool(steps_in(self.checkpoints)))[0]:
+            raise error
+        self.rewound_at = step
+        self.report.rewound(load(self.engine, self.checkpoints), str(error))
 
     def train_step(self, loader: Loader) -> StepResult:
         """One optimizer step over this rank's micro-batches. May raise NonFiniteError; the first one UsageError."""

@@ -198,6 +198,8 @@ def _of_training(job: JobConfig) -> Iterator[Contradiction]:
         yield Contradiction(("batch", "global"), f"a multiple of batch.micro = {batch.micro}", str(batch.global_))
     if precision.autocast and precision.dtype == "fp32":
         yield Contradiction(("precision", "dtype"), "bf16 or fp16 for precision.autocast", "fp32")
+    if job.train.on_nonfinite == "rewind" and job.checkpoint is None:
+        yield Contradiction(("train", "on_nonfinite"), "a section checkpoint for rewind", "none")
     if len(set(job.log.trackers)) < len(job.log.trackers):
         yield Contradiction(("log", "trackers"), "each tracker once", ", ".join(job.log.trackers))
 

@@ -197,6 +197,11 @@ class TrainConfig(Section):
     ema_decay: OpenFraction | None = Field(
         default=None, description="Keep an exponential moving average of the weights, and validate with it."
     )
+    on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
+        default="stop",
+        description="When the loss or a gradient is not finite, on all ranks at the same step. stop: end with 206; "
+        "skip: leave the step out, 10 in a row at most; rewind: go on from the newest checkpoint, once for a step.",
+    )
     eval_every: Count | None = Field(default=None, description="Steps between validations; by default only at the end.")
     eval_samples: Count = Field(
         default=256,

@@ -396,6 +396,37 @@ def test_minutes_between_two_are_those_of_rank_zeros_clock(
     assert saved[-1] == 20
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_fault_is_rewound_once(
+    job: Path, tmp_path: Path, times: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    straight = train(job, tmp_path / "straight", "--set", f"checkpoint.dir={tmp_path}/other")
+    backward, faults = Engine.backward, iter(range(times))
+
+    def faulty(engine: Engine, loss: Any, tokens: int | None = None) -> None:
+        spoil = engine.global_step == 12 and engine.micro_step == 0 and next(faults, None) is not None
+        backward(engine, loss * float("nan") if spoil else loss, tokens)
+
+    monkeypatch.setattr(Engine, "backward", faulty)
+    words = ["--set", "train.on_nonfinite=rewind"]
+    if times == 2:
+        assert trainer.main([str(job), *words]) == 206
+        assert "step 13: expected a finite loss" in capfd.readouterr().err
+        return
+    events = train(job, tmp_path / "events", *words)
+    assert losses(events) == losses(straight)
+    assert [event["step"] for event in events if event["kind"] == "resume"] == [10]
+    assert any("rewound: step 13: expected a finite loss" in event.get("text", "") for event in events)
+    assert bytes_of(tmp_path / "saved", 20) == bytes_of(tmp_path / "other", 20)
+
+
+def test_rewinding_needs_checkpoints(job: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = job.read_text()
+    job.write_text("\n".join(line for line in text.splitlines() if not line.startswith("checkpoint:")))
+    assert trainer.main([str(job), "--set", "train.on_nonfinite=rewind"]) == 2
+    assert "train.on_nonfinite: expected a section checkpoint for rewind" in capfd.readouterr().err
+
+
 def test_another_runs_checkpoints_are_not_written_over(job: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert trainer.main([str(job), "--set", "train.steps=5"]) == 0
     capfd.readouterr()

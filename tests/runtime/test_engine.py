@@ -446,6 +446,37 @@ def test_parameters_that_the_optimizer_does_not_move_do_not_pile_up() -> None:
     assert len(norms) == 1
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_steps_that_are_not_finite_are_left_out_where_the_job_says_so(run_ranks: RunRanks, stage: int) -> None:
+    """Ten in a row, whichever rank has them; the parameters stay as they are meanwhile."""
+
+    def work(rank: int) -> list[bool]:
+        with Communicator.connect() as comm:
+            torch.manual_seed(0)
+            config = EngineConfig(zero=ZeroConfig(stage=stage, resident_elements=0), on_nonfinite="skip")
+            model = nn.Linear(2, 1)
+            engine = Engine(
+                model, comm, config, lambda named: torch.optim.SGD([p for _, p in named], 0.1), TorchSchedule(None)
+            )
+            skipped = []
+            for step in range(14):
+                bad = rank == 1 and (step == 1 or step > 2)
+                engine.backward(engine(torch.ones(1, 2)).sum() * (float("nan") if bad else 1.0))
+                if step == 13:
+                    with pytest.raises(NonFiniteError):
+                        engine.step()
+                    break
+                result = engine.step()
+                assert result is not None
+                skipped.append(result.skipped)
+            with engine.whole(model.parameters()):
+                assert all(parameter.isfinite().all() for parameter in model.parameters())
+            return skipped
+
+    for skipped in run_ranks(2, work):
+        assert skipped == [False, True, False] + [True] * 10
+
+
 def test_a_finite_step_follows_one_that_was_not_when_the_engine_is_rolled_back(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     engine = engine_of(model, single())

@@ -224,10 +224,12 @@ def test_store_outlives_the_host_that_holds_it(light, start, script):
     text = """
 import os, torch.distributed as dist
 dist.init_process_group("gloo")
+store = dist.distributed_c10d._get_default_store()
+store.add("in", 1)
+while store.add("in", 0) < 3: pass
 if dist.get_rank() == 0:
     os._exit(0)
 while not os.path.exists("gone"): pass
-store = dist.distributed_c10d._get_default_store()
 store.add("met", 1)
 while store.add("met", 0) < 2: pass
 os._exit(0)

@@ -49,7 +49,10 @@ def find_folders(path: Path) -> list[Path]:
 
 def survey(folder: Path) -> list[Held]:
     """All checkpoints in a folder, the newest first; those too that a kill or a hand has left incomplete."""
-    held = [look(each) for each in _steps(folder)]
+    held = []
+    for each in _steps(folder):
+        with contextlib.suppress(FileNotFoundError):  # a training deletes its older ones meanwhile
+            held.append(look(each))
     return sorted(held, key=lambda each: each.step, reverse=True)
 
 
@@ -107,6 +110,10 @@ def delete(path: Path) -> list[str]:
 
     Raises CheckpointError.
     """
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path}: expected a folder to delete, found a link to {path.readlink()}; remove it by hand"
+        )
     own = [each.name for each in path.glob("state-*.safetensors")]
     with contextlib.suppress(CheckpointError):
         own += [name for name in Manifest.read(path).files if Path(name).name == name]

@@ -451,6 +451,14 @@ def test_what_is_not_ours_stays(saved: Path) -> None:
     assert len(ckpt("list", saved).splitlines()) == 12  # what is left is no checkpoint
 
 
+def test_a_link_is_not_followed(saved: Path) -> None:
+    (saved / "step-1").rename("elsewhere")
+    (saved / "step-1").symlink_to("../../elsewhere")
+    said = f"{saved}/step-1: expected a folder to delete, found a link to ../../elsewhere; remove it by hand"
+    assert str(error_of("prune", saved, "--keep-last", "11")) == said
+    assert "whole" in ckpt("verify", "--deep", "elsewhere")
+
+
 def test_the_manifest_goes_first(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What remains of a deletion that was cut off is none."""
     gone: list[str] = []

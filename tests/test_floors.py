@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PLAIN_SPEC = {"errors", "event", "exit_codes", "frames", "linux"}  # for agent and warden: no pydantic
+PLAIN_CHECKPOINT = {"manifest", "verify", "export"}  # for `dstrain ckpt`: no torch
 STANDARD = set(sys.stdlib_module_names)
 
 
@@ -52,8 +53,10 @@ def test_floor(path: Path) -> None:
         assert top not in ("launcher", "runtime"), f"{room}: a second identity of {name}"
         if room.startswith("launcher/"):
             assert top != "torch", f"{room}: the launcher never imports torch"
-            in_spec = name.startswith("dstrain.runtime.spec.")
-            assert in_spec or not name.startswith("dstrain.runtime."), f"{room}: {name}"
+            if name.startswith("dstrain.runtime.checkpoint."):
+                assert {*name.split(".")[3:4]} <= PLAIN_CHECKPOINT, f"{room}: {name}"
+            elif name.startswith("dstrain.runtime."):
+                assert name.startswith("dstrain.runtime.spec."), f"{room}: {name}"
             if top == "paramiko":
                 assert room.startswith("launcher/transport/"), f"{room}: paramiko"
             if top in ("plotly", "numpy"):
@@ -67,6 +70,9 @@ def test_floor(path: Path) -> None:
             assert ours or top in STANDARD, f"{room}: {name} is not on a bare Python"
         elif room.startswith("runtime/spec/"):
             assert top in STANDARD | {"pydantic", "pydantic_core", "yaml", "dstrain"}, f"{room}: {name}"
+        elif room.removeprefix("runtime/checkpoint/").removesuffix(".py") in PLAIN_CHECKPOINT:
+            ours = {*name.split(".")[3:4]} <= PLAIN_CHECKPOINT or name.startswith("dstrain.runtime.spec.")
+            assert (top == "dstrain" and ours) or top in STANDARD | {"numpy"}, f"{room}: {name} is not without torch"
         if name.startswith("torch.distributed"):
             rooms = ("comm", "comm_group", "last_words", "zygote")  # the last two: only a store
             assert room in {f"runtime/{each}.py" for each in rooms}, f"{room}: torch.distributed"
@@ -81,6 +87,11 @@ def modules_after(statement: str, *options: str) -> set[str]:
 def test_command_line_imports_neither_torch_nor_paramiko() -> None:
     loaded = modules_after("import dstrain.launcher.cli")
     assert not loaded & {"torch", "paramiko", "pydantic", "ClusterShell", "numpy", "rich", "plotly", "yaml"}
+
+
+def test_commands_of_checkpoints_import_no_torch() -> None:
+    loaded = modules_after("import dstrain.launcher.checkpoint_views, dstrain.runtime.checkpoint.export")
+    assert not loaded & {"torch", "pydantic", "rich"}
 
 
 def test_spec_pulls_in_no_torch() -> None:

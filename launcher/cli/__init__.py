@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from dstrain.launcher.cli import config, hosts
+from dstrain.launcher.cli import ckpt, config, hosts
 from dstrain.launcher.cli.report import report
 from dstrain.launcher.cli.run import RunCommand, run
 from dstrain.launcher.cli.trust import trust
@@ -24,6 +24,7 @@ app.command("run", cls=RunCommand)(run)
 hosts.app.command("trust")(trust)
 app.add_typer(hosts.app, name="hosts")
 app.add_typer(config.app, name="config")
+app.add_typer(ckpt.app, name="ckpt")
 app.command("report")(report)
 
 

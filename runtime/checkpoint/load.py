@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstrain.runtime.checkpoint.manifest import DTYPES, FILE_NAME, Manifest, TensorEntry, folder_of, steps_in
+from dstrain.runtime.checkpoint.dtypes import DTYPES
+from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, TensorEntry, folder_of, steps_in
 from dstrain.runtime.checkpoint.save import sweep
 from dstrain.runtime.checkpoint.state import State, restore, restore_rng
 from dstrain.runtime.comm import Communicator

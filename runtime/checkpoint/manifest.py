@@ -10,6 +10,8 @@ pieces. A piece is the box of the tensor that one pipeline or tensor rank holds,
 row, the interval [start, stop); so flat ZeRO shards and whole tensors are stored alike. Its bytes are `size` bytes at
 `offset` of `file`, with their SHA-256. What is not a tensor (steps, schedule, loss scale) is JSON in the manifest,
 which carries a checksum of itself. Nothing is pickled.
+
+Without torch: `dstrain ckpt` reads it too.
 """
 
 from __future__ import annotations
@@ -21,25 +23,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dstrain.runtime.spec.errors import CheckpointError
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
-"""safetensors' names of what can be stored."""
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""safetensors' names of what can be stored, and the bytes of one element; as torch's dtypes in dtypes.py."""
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -99,15 +97,18 @@ class Manifest:
             checksum = body.pop("checksum")
         except OSError as error:
             raise CheckpointError(f"{folder}: expected a checkpoint, found no {FILE_NAME}: {error.strerror}") from None
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{path}: expected a manifest, found damaged text") from None
         if body.get("format") != FORMAT:
             found = f"format {body.get('format')}"
             raise CheckpointError(f"{path}: expected format {FORMAT}, found {found}; which version saved it?")
         if checksum != _digest(body):
             raise CheckpointError(f"{path}: expected checksum {checksum}, found {_digest(body)}: it is damaged")
-        entries = tuple(_entry(entry) for entry in body.pop("tensors"))
-        return cls(**{**body, "state": decode(body["state"])}, tensors=entries)
+        try:
+            entries = tuple(_entry(entry) for entry in body.pop("tensors"))
+            return cls(**{**body, "state": decode(body["state"])}, tensors=entries)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: expected the keys of format {FORMAT}, found others: {error}") from None
 
 
 _PAIRS = "__pairs__"

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dstrain.runtime.checkpoint.manifest import FILE_NAME, NAMES, Manifest, Piece, TensorEntry, folder_of, steps_in
+from dstrain.runtime.checkpoint.dtypes import NAMES
+from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, Piece, TensorEntry, folder_of, steps_in
 from dstrain.runtime.checkpoint.state import Stored, capture, capture_model, capture_rng
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.agreement import together

@@ -27,6 +27,7 @@ from torch import Tensor
 LANES = ("gather", "reduce")
 _PR_SET_PTRACER = 0x59616D61
 _WORD = struct.Struct("qq")
+_MEETING_S = 60.0
 
 
 class _Interval(ctypes.Structure):
@@ -36,10 +37,10 @@ class _Interval(ctypes.Structure):
 
 
 class _Card(NamedTuple):
-    """What a rank tells the others of itself. host: of its process numbers. address: of a number to try, `value`.
-    door: an abstract Unix socket where it can be met."""
+    """What a rank tells the others of itself. host: where its process number and door are known. address: of a number
+    to try, `value`. door: an abstract Unix socket where it can be met."""
 
-    host: tuple[str, str]
+    host: tuple[str, ...]
     pid: int
     address: int
     value: int
@@ -96,19 +97,32 @@ def meet(index: int, everyone: Callable[[Any], list[Any]], timeout_s: float) -> 
         name = f"dstrain-{secrets.token_hex(16)}"
         door.bind(f"\0{name}")
         door.listen(4096)
-        door.settimeout(timeout_s)
+        door.settimeout(_MEETING_S)
         cards = [_Card(*card) for card in everyone((_host(), os.getpid(), number.data_ptr(), index + 1, name))]
         works = len({card.host for card in cards}) == 1 and _can_read(cards)
         if not all(everyone(works)):
             return None
-        return Neighbours(cards, _connect(index, cards, door, timeout_s))
+        sockets: dict[tuple[str, int], socket.socket] = {}
+        try:
+            _connect(index, cards, door, timeout_s, sockets)
+            works = True
+        except OSError:
+            works = False
+        if all(everyone(works)):
+            return Neighbours(cards, sockets)
+        for made in sockets.values():
+            made.close()
+        return None
 
 
 def _connect(
-    index: int, cards: Sequence[_Card], door: socket.socket, timeout_s: float
-) -> dict[tuple[str, int], socket.socket]:
-    """Every rank calls at those before it, and opens to those behind it."""
-    sockets = {}
+    index: int,
+    cards: Sequence[_Card],
+    door: socket.socket,
+    timeout_s: float,
+    sockets: dict[tuple[str, int], socket.socket],
+) -> None:
+    """Every rank calls at those before it, and opens to those behind it. Raises OSError."""
     for other in range(index):
         for lane in LANES:
             made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -121,7 +135,6 @@ def _connect(
         made.settimeout(timeout_s)
         other, lane_number = _WORD.unpack(made.recv(_WORD.size))
         sockets[LANES[lane_number], other] = made
-    return sockets
 
 
 def _can_read(cards: Sequence[_Card]) -> bool:
@@ -136,11 +149,11 @@ def _can_read(cards: Sequence[_Card]) -> bool:
     return True
 
 
-def _host() -> tuple[str, str]:
-    """Two processes with the same see each other under the same numbers."""
+def _host() -> tuple[str, ...]:
+    """Processes with the same see each other under the same numbers, and meet at abstract sockets."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot, str(Path("/proc/self/ns/pid").readlink())
+        return boot, *(str(Path("/proc/self/ns", kind).readlink()) for kind in ("pid", "net"))
     except OSError:
         return "", str(os.getpid())  # no other's
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,28 @@ def test_ranks_on_other_hosts_are_not_read(run_ranks: RunRanks, monkeypatch: pyt
             return engine.weights.describe()
 
     assert all("direct" not in said for said in run_ranks(3, work))
+
+
+def test_where_sockets_do_not_reach_there_is_another_way(run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from another network namespace, whose abstract sockets are others."""
+    assert len(comm_direct._host()) == 3
+    monkeypatch.setattr(comm_direct, "_MEETING_S", 1.0)
+    connect = comm_direct._connect
+
+    def unreachable(index: int, *others: Any) -> None:
+        if index == 1:
+            raise ConnectionRefusedError
+        connect(index, *others)
+
+    monkeypatch.setattr(comm_direct, "_connect", unreachable)
+
+    def work(rank: int) -> str:
+        with Communicator.connect() as comm:
+            engine = engine_of(LANGUAGE, comm, {"stage": 3})
+            train_step(engine, LANGUAGE)
+            return engine.weights.describe()
+
+    assert all(said.endswith("comm pairwise") for said in run_ranks(2, work))
 
 
 def test_a_system_that_forbids_reading_is_no_error(run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_at_stage_3_it_is_an_error_that_names_units_and_ranks(tmp_path: Path, wa
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(60)
+            rank.join(120)
     finally:
         for rank in ranks:
             rank.kill()

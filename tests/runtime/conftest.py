@@ -42,31 +42,19 @@ def run_ranks(monkeypatch: pytest.MonkeyPatch) -> RunRanks:
 
     def run(ranks: int, work: Callable[[int], Any], timeout_s: float = 90.0) -> list[Any]:
         listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
         for name, value in {
             "WORLD_SIZE": ranks,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
+            "MASTER_PORT": listener.getsockname()[1],
             "TORCHELASTIC_USE_AGENT_STORE": True,
         }.items():
             monkeypatch.setenv(name, str(value))
-        store = dist.TCPStore(  # type: ignore[attr-defined] # public, but not in __all__
-            "127.0.0.1",
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s),
-            master_listen_fd=listener.detach(),
-        )
-        try:
-            return _results(ranks, work, time.monotonic() + timeout_s)
-        finally:
-            del store
+        return _results(ranks, work, listener, time.monotonic() + timeout_s)
 
     return run
 
 
-def _results(ranks: int, work: Callable[[int], Any], deadline: float) -> list[Any]:
+def _results(ranks: int, work: Callable[[int], Any], listener: socket.socket, deadline: float) -> list[Any]:
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     children = [
@@ -74,11 +62,14 @@ def _results(ranks: int, work: Callable[[int], Any], deadline: float) -> list[An
         for rank in range(ranks)
     ]
     replies: dict[int, tuple[bool, Any]] = {}
+    store = None
     try:
-        with warnings.catch_warnings():  # Python 3.12 warns of a fork beside threads; ours only serves the store
+        with warnings.catch_warnings():  # Python 3.12 warns of a fork beside threads; ours only wait
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             for child in children:
                 child.start()
+        # Behind the forks: a rank must not inherit a lock, such as the resolver's, that the store's thread held.
+        store = _store_at(listener, deadline)
         for _, writer in pipes:
             writer.close()
         waiting = {reader: rank for rank, (reader, _) in enumerate(pipes)}
@@ -92,12 +83,25 @@ def _results(ranks: int, work: Callable[[int], Any], deadline: float) -> list[An
     finally:
         for child in children:
             if child.pid is not None:
-                if waiting:
+                if len(replies) < ranks:
                     child.kill()
                 child.join(timeout=20)
+        del store
     if raised := {rank: text for rank, (ok, text) in replies.items() if not ok}:
         pytest.fail("\n".join(f"rank {rank}: {text}" for rank, text in sorted(raised.items())))
     return [replies[rank][1] for rank in range(ranks)]
+
+
+def _store_at(listener: socket.socket, deadline: float) -> dist.Store:
+    host, port = listener.getsockname()
+    return dist.TCPStore(  # type: ignore[attr-defined, no-any-return] # public, but not in __all__
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=deadline - time.monotonic()),
+        master_listen_fd=listener.detach(),
+    )
 
 
 def _reply(reader: connection.Connection) -> tuple[bool, Any]:

@@ -2,7 +2,8 @@
 
     step-120/
       manifest.json      written last: a folder without it is no checkpoint
-      state-0.safetensors
+      rank-0.safetensors what each rank has written (parts.py)
+      rank-1.safetensors
 
 [Note: what is stored]
 Each tensor has a name (`model.…`, `optimizer.…`, `master.…`, `average.…`, `rng.…`), its global shape and dtype, and
@@ -10,6 +11,8 @@ pieces. A piece is the box of the tensor that one pipeline or tensor rank holds,
 row, the interval [start, stop); so flat ZeRO shards and whole tensors are stored alike. Its bytes are `size` bytes at
 `offset` of `file`, with their SHA-256. What is not a tensor (steps, schedule, loss scale) is JSON in the manifest,
 which carries a checksum of itself. Nothing is pickled.
+
+Where hosts have disks of their own, each has the files of its ranks, and all have the same manifest.
 
 Without torch: `dstrain ckpt` reads it too.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +73,8 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of a checkpoint. files: name -> bytes. layout: ranks that saved it. state: what is not a tensor.
-    run_id: of the run that saved it."""
+    """All of a checkpoint. files: name -> bytes. hosts: which host wrote a file. layout: ranks that saved it.
+    state: what is not a tensor. run_id: of the run that saved it. saved_at: seconds since 1970."""
 
     step: int
     layout: Mapping[str, int]
@@ -80,37 +83,58 @@ class Manifest:
     files: Mapping[str, int]
     state: Mapping[str, Any]
     run_id: str = ""
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    saved_at: float = 0.0
     format: int = field(default=FORMAT)
 
     def to_text(self) -> str:
-        """JSON with a checksum of the rest of itself."""
-        tensors = [asdict(entry) for entry in self.tensors]
-        body = {**vars(self), "tensors": tensors, "state": encode(self.state)}
-        return json.dumps({**body, "checksum": _digest(body)}, indent=1) + "\n"
+        """JSON, a line for each key and each tensor, with a checksum of the rest of itself."""
+        body = {**vars(self), "state": encode(self.state), "tensors": [_row(entry) for entry in self.tensors]}
+        rows = ",\n  ".join(json.dumps(row) for row in body.pop("tensors"))
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in body.items()]
+        lines += [f' "tensors": [\n  {rows}\n ]']
+        text = "{\n" + ",\n".join(lines)
+        return f'{text},\n "checksum": "{_digest(text)}"\n}}\n'
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """The manifest of `folder`. Raises CheckpointError where it is missing, damaged, or of a later format."""
         path = folder / FILE_NAME
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
-            checksum = body.pop("checksum")
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{folder}: expected a checkpoint, found no {FILE_NAME}: {error.strerror}") from None
+        except ValueError:
+            raise CheckpointError(f"{path}: expected a manifest, found damaged text") from None
+        return cls.parse(text, path)
+
+    @classmethod
+    def parse(cls, text: str, path: Path) -> Manifest:
+        """The manifest that `path` holds. Raises CheckpointError where it is damaged or of a later format."""
+        try:
+            body = json.loads(text)
+            checksum = body.pop("checksum")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{path}: expected a manifest, found damaged text") from None
         if body.get("format") != FORMAT:
             found = f"format {body.get('format')}"
             raise CheckpointError(f"{path}: expected format {FORMAT}, found {found}; which version saved it?")
-        if checksum != _digest(body):
-            raise CheckpointError(f"{path}: expected checksum {checksum}, found {_digest(body)}: it is damaged")
+        found = _digest(text[: max(0, text.rfind(_CHECKSUM))])
+        if checksum != found:
+            raise CheckpointError(f"{path}: expected checksum {checksum}, found {found}: it is damaged")
         try:
-            entries = tuple(_entry(entry) for entry in body.pop("tensors"))
+            entries = tuple(_entry(*row) for row in body.pop("tensors"))
             return cls(**{**body, "state": decode(body["state"])}, tensors=entries)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: expected the keys of format {FORMAT}, found others: {error}") from None
 
+    @property
+    def checksum(self) -> str:
+        """Of its text: the same on all hosts that hold the same checkpoint."""
+        return hashlib.sha256(self.to_text().encode()).hexdigest()
 
+
+_CHECKSUM = ',\n "checksum": '
 _PAIRS = "__pairs__"
 
 
@@ -136,16 +160,32 @@ def decode(value: Any) -> Any:
     return [decode(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _entry(entry: Mapping[str, Any]) -> TensorEntry:
-    pieces = tuple(
-        Piece(**{**piece, "box_start": tuple(piece["box_start"]), "box_size": tuple(piece["box_size"])})
-        for piece in entry["pieces"]
+def _row(entry: TensorEntry) -> list[Any]:
+    """An entry as JSON without repeating itself: [name, shape, dtype, [[file, offset, size, start, stop, SHA-256,
+    box_start, box_size], …]]; the box is left out where it is all of the tensor."""
+    pieces = []
+    for piece in entry.pieces:
+        row: list[Any] = [piece.file, piece.offset, piece.size, piece.start, piece.stop, piece.sha256]
+        pieces.append(row if piece.box_size == entry.shape else [*row, piece.box_start, piece.box_size])
+    return [entry.name, entry.shape, entry.dtype, pieces]
+
+
+def _entry(name: str, shape: list[int], dtype: str, pieces: list[list[Any]]) -> TensorEntry:
+    whole = ([0] * len(shape), shape)
+    rows = ((*row[:6], *(row[6:] or whole)) for row in pieces)
+    return TensorEntry(
+        name,
+        tuple(shape),
+        dtype,
+        tuple(
+            Piece(tuple(box_start), tuple(box_size), start, stop, file, offset, size, sha256)
+            for file, offset, size, start, stop, sha256, box_start, box_size in rows
+        ),
     )
-    return TensorEntry(entry["name"], tuple(entry["shape"]), entry["dtype"], pieces)
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def folder_of(root: Path, step: int) -> Path:

@@ -99,20 +99,31 @@ class Communicator:
         dist.all_gather_object(items, item)
         return cast(list[T], items)
 
-    def send_to_first(
-        self, tensor: torch.Tensor | None, owner: int, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        """Rank `owner`'s tensor on rank 0; None on the others. All ranks may call it, those two take part."""
-        if owner == 0:
-            return tensor
-        if self.rank == owner:
-            assert tensor is not None
-            dist.send(tensor.detach().to(self.device).contiguous(), 0)
-        if self.rank != 0:
-            return None
-        received = torch.empty(shape, dtype=dtype, device=self.device)
-        dist.recv(received, owner)
-        return received
+    def gather_object(self, item: T) -> list[T] | None:
+        """Each rank's `item` on rank 0, None on the others. It is pickled."""
+        if self.world_size == 1:
+            return [item]
+        items: list[T | None] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(item, items)
+        return cast("list[T] | None", items)
+
+    def broadcast_object(self, item: T, source: int = 0) -> T:
+        """Rank `source`'s item. It is pickled."""
+        if self.world_size == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, source)
+        return items[0]
+
+    def pass_on(self, tensor: torch.Tensor, source: int, to: int) -> None:
+        """Fill rank `to`'s tensor, on the CPU, with rank `source`'s; the others need not call it."""
+        if self.rank == source:
+            dist.send(tensor.to(self.device), to)
+        elif self.rank == to:
+            received = tensor if self.device.type == "cpu" else torch.empty_like(tensor, device=self.device)
+            dist.recv(received, source)
+            if received is not tensor:
+                tensor.copy_(received)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

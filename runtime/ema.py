@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from dstrain.runtime.parameter_groups import NamedParameters
-from dstrain.runtime.spec.errors import UsageError
 
 
 class WeightAverage:
@@ -54,22 +53,13 @@ class WeightAverage:
             self._write(kept)
             self._is_swapped = False
 
-    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        """Go on from saved averages, after `updates` updates. Raises UsageError if names or shapes are others."""
-        for name in sorted(self.tensors.keys() | tensors.keys()):
-            expected, found = _shape(self.tensors, name), _shape(tensors, name)
-            if expected != found:
-                fix = "it is of another model; train.ema_decay: null goes on without an average"
-                raise UsageError.mismatch(f"saved average of {name}", expected, found, fix)
-        for name, average in self.tensors.items():
-            average.copy_(tensors[name])
-        self.updates = updates
+    def restart(self) -> None:
+        """Begin anew with the weights as they are: they have been replaced."""
+        for average, weight in zip(self.tensors.values(), self._parameters, strict=True):
+            average.copy_(weight.detach())
+        self.updates = 0
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
-    return f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"

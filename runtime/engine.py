@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ from dstrain.runtime.spec.errors import NonFiniteError, UsageError
 from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
 from dstrain.runtime.zero.divergence import ranks_in_words
 from dstrain.runtime.zero.spread import needs_whole_tensors, spread
+
+if TYPE_CHECKING:
+    from dstrain.runtime.checkpoint.save import Saver
 
 _REMEDY = "a smaller optimizer.lr, a longer schedule.warmup_steps or train.clip may help"
 
@@ -113,7 +116,7 @@ class Engine:
 
     global_step: steps done. micro_step: micro-batches of the step under way. learning_rate, grad_norm: of the last
     step. stop_requested, save_requested: set by signal handlers; the next step tells all ranks. dataloader: what
-    `initialize` made of training_data.
+    `initialize` made of training_data. saver: what `step` moves on, while a save is in flight.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class Engine:
         self._stepped_behind = 0  # micro-batches of the step under way, when step() was last called
         self.learning_rate = self.grad_norm = 0.0
         self.dataloader: Iterable[Any] = ()
+        self.saver: Saver | None = None
         self.stop_requested = self.save_requested = False
         trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         whole_tensors = config.zero.stage > 0 and needs_whole_tensors(optimizer, trained)
@@ -141,6 +145,7 @@ class Engine:
         self._seen_traits = self._traits()
         self._broadcast_buffers()
         self.trained = self.weights.trained
+        self._piece_of = dict(self.trained)
         self.optimizer = self._own_optimizer(optimizer)
         self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
         self.scaler = LossScaler(config.precision.loss_scale, enabled=config.precision.dtype == "fp16")
@@ -150,8 +155,9 @@ class Engine:
         adopt = Hook(lambda *_: self.weights.adopt(list(module.parameters())))
         module.register_load_state_dict_post_hook(adopt)  # type: ignore[no-untyped-call] # torch's
         self._forward: Callable[..., Any] = torch.compile(module) if config.compile else module
-        # Sum of the loss, tokens, stop, save, squares of gradients; the order of gathers, and its square.
-        self._totals = torch.zeros(7, dtype=torch.float64, device=comm.device)
+        # Sum of the loss, tokens, stop, save, squares of gradients; the order of gathers, and its square; who could go
+        # on with the save in flight.
+        self._totals = torch.zeros(8, dtype=torch.float64, device=comm.device)
         in_fp16 = "fp16" in (config.precision.dtype, config.precision.reduce_dtype)
         self._unit = 0.0 if in_fp16 else 1.0
 
@@ -225,11 +231,12 @@ class Engine:
             if self.weights.sharers > 1:  # each has the squares of its own shards
                 self._totals[4] = squares
             order = float(self.weights.order)
-            self._totals[5:] = torch.tensor([order, order * order], dtype=torch.float64)
+            can_advance = self.saver is not None and self.saver.is_ready
+            self._totals[5:8] = torch.tensor([order, order * order, can_advance], dtype=torch.float64)
             self.comm.all_reduce(self._totals)
             if self.weights.sharers == 1:
                 self._totals[4] = squares
-            loss_sum, tokens, stop, save, total, orders, their_squares = self._totals.tolist()
+            loss_sum, tokens, stop, save, total, orders, their_squares, ready = self._totals.tolist()
         self.weights.check_order(orders, their_squares, self.world_size)
         norm = math.sqrt(total * self.weights.sharers / self.world_size if self.weights.sharers > 1 else total)
         divisor = tokens * self.scaler.value / self._unit if tokens else 1.0
@@ -245,6 +252,8 @@ class Engine:
             self._update(self._clip_factor(result.grad_norm) / divisor)
         self.scaler.update(overflowed)
         self._begin_step()
+        if self.saver is not None and self.saver.in_flight and ready == self.world_size:
+            self.saver.advance()
         return result._replace(skipped=not is_finite)
 
     @contextlib.contextmanager
@@ -262,27 +271,52 @@ class Engine:
         finally:
             self.weights.publish()
 
-    def save_checkpoint(self, dir: str | Path) -> Path:
-        """Save everything that resuming needs as dir/step-N; on all ranks. Returns its path. CheckpointError."""
-        from dstrain.runtime.checkpoint.save import save
+    def save_checkpoint(self, dir: str | Path, *, asynchronous: bool = False) -> Path:
+        """Save everything that resuming needs as dir/step-N, between two steps; on all ranks. Returns its path.
 
-        return save(self, Path(dir))
+        asynchronous: it is written while the training goes on, and counts some steps later; `finish_checkpoint` waits
+        for it. Raises CheckpointError, also for what became of an asynchronous save before.
+        """
+        from dstrain.runtime.checkpoint.save import Saver
+
+        if self.saver is None or (self.saver.root, self.saver.asynchronous) != (Path(dir).absolute(), asynchronous):
+            self.finish_checkpoint()
+            if self.saver is not None:
+                self.saver.close()
+            self.saver = Saver(self, Path(dir), asynchronous=asynchronous)
+        path = self.saver.begin()
+        if not asynchronous:
+            self.saver.finish()
+        self.saver.raise_problems()
+        return path
+
+    def finish_checkpoint(self) -> None:
+        """Wait for the save in flight, if there is one; on all ranks. Raises CheckpointError where it has failed."""
+        if self.saver is not None:
+            self.saver.finish()
+            self.saver.raise_problems()
 
     def save_model(self, dir: str | Path) -> Path:
         """Write the trained model as dir/model.safetensors, whatever the stage; on all ranks. CheckpointError."""
-        from dstrain.runtime.checkpoint.save import save_model
+        from dstrain.runtime.checkpoint.model_file import save_model
 
         with self.averaged():
             return save_model(self, Path(dir))
 
-    def load_checkpoint(self, dir: str | Path) -> int:
+    def load_checkpoint(self, dir: str | Path, *, model_only: bool = False, exempt: Sequence[str] = ()) -> int:
         """Go on from a checkpoint, or from the newest whole one in a folder of them; on all ranks. Returns its step.
 
-        Raises CheckpointError, and changes nothing, where there is none that is whole and fits.
+        model_only: only parameters and buffers, to train on from them; the step stays. exempt: patterns of names that
+        may then be missing on either side, or differ in shape. Raises CheckpointError, and changes nothing, where there
+        is none that is whole and fits.
         """
         from dstrain.runtime.checkpoint.load import load
 
-        return load(self, Path(dir)).step
+        return load(self, Path(dir), model_only=model_only, exempt=exempt).step
+
+    def piece_of(self, name: str) -> nn.Parameter:
+        """What the optimizer of this rank moves of parameter `name`."""
+        return self._piece_of[name]
 
     def observe_validation(self, val_loss: float) -> None:
         """Tell a schedule that looks at the validation loss."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dstrain.runtime.activation_checkpointing import checkpoint_activations
-from dstrain.runtime.checkpoint.load import resume_job
+from dstrain.runtime.checkpoint.resume import resume_job
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.datasets import Numbered
 from dstrain.runtime.data.epoch_loader import EpochLoader

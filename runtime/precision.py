@@ -60,6 +60,7 @@ class MasterWeights:
             is_low = parameter.dtype in (torch.bfloat16, torch.float16)
             self._master_of[parameter] = nn.Parameter(parameter.detach().float()) if is_low else parameter
         self.trained = [(name, self._master_of[parameter]) for name, parameter in parameters]
+        self._size_of = {name: parameter.numel() for name, parameter in parameters}
         low = [(p, master) for p, master in self._master_of.items() if p is not master]
         self._low = [parameter.data for parameter, _ in low]
         self._masters = [master.data for _, master in low]
@@ -137,9 +138,9 @@ class MasterWeights:
         """Every rank has the whole tensor."""
         return own
 
-    def own_part(self, name: str, whole: Tensor) -> Tensor:
-        """Every rank has the whole tensor."""
-        return whole
+    def interval_of(self, name: str) -> tuple[int, int]:
+        """What this rank has of parameter `name`, flattened: all."""
+        return 0, self._size_of[name]
 
     def with_gradients(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Each master with its name and its gradient."""

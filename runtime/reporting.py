@@ -12,6 +12,7 @@ from torch import nn
 
 from dstrain.runtime import metrics, progress
 from dstrain.runtime.checkpoint.load import Loaded
+from dstrain.runtime.checkpoint.save import Saved
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.engine import Engine, StepResult
 from dstrain.runtime.models.hf import text_size
@@ -105,18 +106,38 @@ class Reporter:
         self._trackers.log(step, {"val_loss": val_loss})
         self.say(progress.validation_line(step, self._steps, val_loss))
 
-    def saved(self, path: Path, seconds: float) -> None:
-        """Behind each checkpoint."""
-        step = self._engine.global_step
-        size = sum(file.stat().st_size for file in path.iterdir()) if self._comm.rank == 0 else 0
-        self._events.emit("checkpoint", step=step, path=str(path), seconds=seconds, bytes=size)
-        self.say(f"step {step}: saved {path} ({size / 1e6:.1f} MB in {seconds:.1f} s)")
+    def saved(self, saved: Saved) -> None:
+        """When it is known what has become of a save; one that failed is said loudly, and the training goes on."""
+        if saved.problem:
+            self._events.emit("warning", text=saved.problem, step=saved.step)
+            self.say(f"warning: {saved.problem}")
+            return
+        self._events.emit(
+            "checkpoint",
+            step=saved.step,
+            path=str(saved.path),
+            seconds=saved.seconds,
+            stall_s=saved.stall_s,
+            bytes=saved.size,
+        )
+        stall = f", the training waited {saved.stall_s:.2f} s" if saved.stall_s < saved.seconds else ""
+        self.say(f"step {saved.step}: saved {saved.path} ({saved.size / 1e6:.1f} MB in {saved.seconds:.1f} s{stall})")
+
+    def noted(self, notes: list[str]) -> None:
+        """What a save has to say besides."""
+        for note in notes:
+            self._events.emit("warning", text=note)
+            self.say(f"warning: {note}")
 
     def resumed(self, loaded: Loaded) -> None:
         """Behind loading; what was passed over is said loudly."""
         for why in loaded.passed_over:
             self._events.emit("warning", text=f"passed over: {why}")
             self.say(f"warning: a checkpoint was passed over: {why}")
+        if loaded.model_only:
+            kept = f"; {', '.join(loaded.missing)} as initialized" if loaded.missing else ""
+            self.say(f"began with the model of {loaded.path}{kept}")
+            return
         self._events.emit("resume", step=loaded.step, path=str(loaded.path))
         self.say(f"resumed from step {loaded.step}: {loaded.path}")
 

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from dstrain.runtime.activation_checkpointing import checkpoint_activations
-from dstrain.runtime.checkpoint.load import folder_of_job, load, resume_job
+from dstrain.runtime.checkpoint.load import load
 from dstrain.runtime.checkpoint.manifest import steps_in
-from dstrain.runtime.checkpoint.save import check_writable, save
+from dstrain.runtime.checkpoint.resume import folder_of_job, resume_job
+from dstrain.runtime.checkpoint.save import Saver
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.data import open_data
 from dstrain.runtime.data.loader import Loader, to_device
@@ -44,7 +45,7 @@ from dstrain.runtime.models.language import generate
 from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.reporting import Reporter
 from dstrain.runtime.spec.config import JobConfig
-from dstrain.runtime.spec.errors import ConfigError, DstrainError, NonFiniteError, UsageError
+from dstrain.runtime.spec.errors import CheckpointError, ConfigError, DstrainError, NonFiniteError, UsageError
 from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.spec.load import load_job, load_resolved
@@ -99,6 +100,8 @@ class Trainer:
         self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
         self.checkpoints = folder_of_job(job)
         self.saved_at = time.monotonic()
+        self.unsaved = ""  # why the last save has failed
+        self.has_reserved = False
         self.val_loss: float | None = None  # the last
         self.rewound_at: int | None = None  # the step whose numbers were not finite
         self.has_begun = False  # the model has taken a batch
@@ -111,7 +114,7 @@ class Trainer:
         step where checkpoints cannot be written.
         """
         if self.checkpoints is not None:
-            check_writable(self.checkpoints, self.comm)
+            self._open_saver(self.checkpoints)
         loaded = resume_job(self.engine, self.job, fresh_only=True)
         if loaded is not None:
             self.report.resumed(loaded)
@@ -119,11 +122,15 @@ class Trainer:
         is_over = False
         while not is_over:
             try:
-                if not self._train_from_here():
-                    return False
+                is_whole = self._train_from_here()
                 is_over = True
-            except NonFiniteError as error:
+            except NonFiniteError as error:  # of all ranks, at the same step
+                self._finish_save()
                 self._rewind(error)
+        self._finish_save(must_stand=True)
+        if not is_whole:
+            self.report.stopped(self.engine.global_step)
+            return False
         self._show_sample()
         self.report.end(self.val_loss)
         return True
@@ -135,13 +142,16 @@ class Trainer:
             while self.engine.global_step < self.steps:
                 self._ask_by_the_clock()
                 result = self.train_step(loader)
+                self._report_saves()
+                if self.engine.saver is not None and not self.has_reserved:
+                    self.engine.saver.reserve()
+                    self.has_reserved = True
                 step = self.engine.global_step
                 if self.data.validation is not None and (step == self.steps or (every and step % every == 0)):
                     self.val_loss = self.validate()
                 if self._is_time_to_save(step, asked=result.save or result.stop):
                     self.save()
                 if result.stop and step < self.steps:
-                    self.report.stopped(step)
                     return False
         return True
 
@@ -151,7 +161,7 @@ class Trainer:
         step = self.engine.global_step + 1
         if self.job.train.on_nonfinite != "rewind" or self.checkpoints is None or step == self.rewound_at:
             raise error
-        if not self.comm.all_gather_object(bool(steps_in(self.checkpoints)))[0]:
+        if not any(self.comm.all_gather_object(bool(steps_in(self.checkpoints)))):
             raise error
         self.rewound_at = step
         self.report.rewound(load(self.engine, self.checkpoints), str(error))
@@ -211,14 +221,39 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Save a checkpoint now; on all ranks."""
-        assert self.checkpoints is not None
-        assert self.job.checkpoint is not None
-        begun = time.perf_counter()
-        config = self.job.checkpoint
-        path = save(self.engine, self.checkpoints, config.keep_last, keep_every=config.keep_every)
-        self.report.saved(path, time.perf_counter() - begun)
+        """Begin to save a checkpoint; on all ranks. What becomes of it is reported when it is known."""
+        saver = self.engine.saver
+        assert saver is not None
+        saver.begin()
+        if not saver.asynchronous:
+            saver.finish()
         self.saved_at = time.monotonic()
+        self._report_saves()
+
+    def _open_saver(self, root: Path) -> None:
+        config = self.job.checkpoint
+        assert config is not None
+        self.engine.saver = Saver(
+            self.engine, root, config.keep_last, config.keep_every, config.asynchronous, config.replicas
+        )
+
+    def _report_saves(self) -> None:
+        saver = self.engine.saver
+        if saver is not None and (saver.finished or saver.notes):
+            for saved in saver.take_finished():
+                self.report.saved(saved)
+                self.unsaved = saved.problem
+            self.report.noted(saver.notes)
+            saver.notes.clear()
+
+    def _finish_save(self, must_stand: bool = False) -> None:
+        """Wait for the save in flight. must_stand: CheckpointError if the last one has failed."""
+        if self.engine.saver is None:
+            return
+        self.engine.saver.finish()
+        self._report_saves()
+        if must_stand and self.unsaved:
+            raise CheckpointError(self.unsaved)
 
     def _ask_by_the_clock(self) -> None:
         """Rank 0's clock asks all ranks for a checkpoint, by way of the step."""

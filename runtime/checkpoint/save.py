@@ -1,43 +1,344 @@
-"""Saving, and the one place where a checkpoint becomes one.
+"""Saving: every rank writes its share, and all decide together when it has become a checkpoint.
 
-[Note: commit]
-1. Rank 0 writes all files into `step-N.tmp-ID`, never over anything, and syncs each.
-2. It writes the manifest, syncs it and its folder, renames the folder to `step-N`, syncs the folder above.
-3. All ranks hear whether that went well, and go on, or raise, together.
-A kill at any moment leaves either no `step-N` or a whole one. An older `step-N` stands aside as `step-N.old-ID`
-meanwhile. The next save, or resuming, sweeps `.tmp-` and puts an `.old-` back whose successor never came.
+[Note: phases]
+A save goes through `write`, `commit` and `retire` ([Note: commit] in commit.py). In each, a rank has something to do or
+is ready at once; when all are ready, `advance` gathers what has come of it and begins the next. All ranks advance at
+the same point: behind the same step, whose all-reduce counts who is ready, or in `finish`, which waits.
 
-Rank 0 writes; what it does not have (shards, random numbers of others) is sent to it, tensor by tensor. So the folder
-need not be shared between hosts, and the files are the same whatever the layout.
+Asynchronous: `begin` copies the share into memory that a writer process sees (writer.py), and the training goes on.
+At once: `begin` writes it; nothing is copied. One save is in flight; the next one waits for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import platform
 import secrets
-import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from math import prod
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from dstrain.runtime.checkpoint.dtypes import NAMES
-from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, Piece, TensorEntry, folder_of, steps_in
-from dstrain.runtime.checkpoint.state import Stored, capture, capture_model, capture_rng
-from dstrain.runtime.comm import Communicator
-from dstrain.runtime.data.agreement import together
+from dstrain.runtime.checkpoint import commit
+from dstrain.runtime.checkpoint.background import ALIGNMENT, Writer
+from dstrain.runtime.checkpoint.disks import Disks, find_disks
+from dstrain.runtime.checkpoint.manifest import Manifest, Piece, folder_of
+from dstrain.runtime.checkpoint.model_file import bytes_of
+from dstrain.runtime.checkpoint.parts import Part, Written, entries_of
+from dstrain.runtime.checkpoint.state import Captured, capture, describe_model
+from dstrain.runtime.checkpoint.writer import answer, commit_all, write_share
 from dstrain.runtime.engine import Engine
 from dstrain.runtime.spec.errors import CheckpointError
 
-STATE_FILE = "state-0.safetensors"
+POLL_S = 20.0
+"""Between two questions whether all ranks are ready: far below the timeout of a collective."""
+
+_FIX = "the checkpoints before it are untouched; look at the disk, or give another checkpoint.dir"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What has become of a save, the same on all ranks. problem: why it is no checkpoint, in a line; "" if it is one.
+    seconds: from begin to commit; stall_s: of them, those in which rank 0 could not train. size: bytes of all files.
+    """
+
+    step: int
+    path: Path
+    problem: str = ""
+    seconds: float = 0.0
+    stall_s: float = 0.0
+    size: int = 0
+
+
+@dataclass
+class _Flight:
+    """The save under way. result: what this rank says of the phase, where no writer does."""
+
+    step: int
+    token: str
+    began: float
+    extra: Mapping[str, Any]
+    captured: Captured | None = None
+    parts: list[Part] = field(default_factory=list)
+    phase: Literal["write", "commit", "retire"] = "write"
+    result: dict[str, Any] | None = None
+    stall_s: float = 0.0
+    seconds: float = 0.0
+    size: int = 0
+
+
+@dataclass
+class _Vote:
+    """Of one rank behind `write`."""
+
+    problem: str = ""
+    parts: list[Part] = field(default_factory=list)
+    written: dict[str, Any] = field(default_factory=dict)
+    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Saver:
+    """The checkpoints of one engine in one folder; all ranks call alike. `engine.saver` is moved on by each step.
+
+    keep_last: older ones than so many are deleted, once a newer stands; keep_every: steps whose multiples stay.
+    Checkpoints of later steps are of a timeline that was left: deleted too, or set aside where all are kept.
+    replicas: 2 for a second copy of each file on the next host, where hosts have disks of their own. notes: what of
+    this was not needed, for people. finished: what has become of saves, until somebody takes it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        root: Path,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        asynchronous: bool = False,
+        replicas: int = 1,
+    ) -> None:
+        """Makes `root` and tries to write there: CheckpointError on all ranks. Some small collectives of objects."""
+        self._engine, self.root, self._comm = engine, root.absolute(), engine.comm
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self.disks: Disks = find_disks(root, engine.comm)
+        self._is_keeper = self.disks.of[self._comm.rank] == self._comm.rank
+        self.notes: list[str] = []
+        if replicas > 1 and len(self.disks.keepers) == 1:
+            self.notes.append(f"checkpoint.replicas: all ranks share {root}, so one copy of each file is kept")
+            replicas = 1
+        self.asynchronous = asynchronous
+        self._copies = replicas > 1
+        self._secret = self._comm.broadcast_object(secrets.token_hex(16))
+        self._copy_to: tuple[str, int, str] | None = None
+        self._writer: Writer | None = None
+        if asynchronous or self._copies:
+            self._start_writer()
+        self._flight: _Flight | None = None
+        self._count = 0
+        self.finished: list[Saved] = []
+
+    # --- a save ------------------------------------------------------------------------------------------------
+
+    def begin(self, extra: Mapping[str, Any] | None = None) -> Path:
+        """Save the engine's state, between two steps, behind the save in flight; returns where it will be.
+
+        extra: plain values of the script's, rank 0's, which `load` gives back. The end is in `finished`, also a bad
+        one.
+        """
+        engine, began = self._engine, time.monotonic()
+        assert engine.micro_step == 0, "a checkpoint is saved between two steps"
+        self.finish()
+        if self._copies and any(self._comm.all_gather_object(self._writer is None)):
+            self.close()
+            self._start_writer()
+        engine.share_buffers()
+        self._count += 1
+        token = f"{self._secret[:8]}-{self._count}"
+        self._flight = flight = _Flight(engine.global_step, token, began, extra or {})
+        found = answer(lambda: self._write(flight))
+        if found.get("problem") or self._writer is None:
+            flight.result = found
+        flight.stall_s = time.monotonic() - began
+        return folder_of(self.root, flight.step)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether this rank has nothing in flight, or could advance."""
+        return self._flight is None or self._flight.result is not None or self._own_writer.is_ready()
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is under way; the same on all ranks."""
+        return self._flight is not None
+
+    def advance(self) -> None:
+        """All ranks are ready: go on with the next phase, on all ranks at once. Small collectives of objects."""
+        flight, began = self._flight, time.monotonic()
+        assert flight is not None
+        result = flight.result if flight.result is not None else self._own_writer.take()
+        flight.result = None
+        if result.get("died"):
+            self._writer = None
+        if flight.phase == "write":
+            self._end_write(flight, result)
+        else:
+            self._end_phase(flight, result)
+        flight.stall_s += time.monotonic() - began
+
+    def finish(self) -> None:
+        """Wait until nothing is in flight; on all ranks."""
+        while self._flight is not None:
+            ready = self._flight.result is not None or self._own_writer.is_ready(POLL_S)
+            if all(self._comm.all_gather_object(ready)):
+                self.advance()
+
+    def take_finished(self) -> list[Saved]:
+        """What has become of saves since the last call."""
+        taken, self.finished = self.finished, []
+        return taken
+
+    def raise_problems(self) -> None:
+        """CheckpointError, on all ranks, where a save since the last call has failed."""
+        for saved in self.take_finished():
+            if saved.problem:
+                raise CheckpointError(saved.problem)
+
+    def reserve(self) -> None:
+        """Behind the first step: have the memory of the copies there before it is needed."""
+        if self._writer is not None and self._flight is None:
+            held = capture(self._engine).held
+            with contextlib.suppress(OSError):  # the save will say so
+                self._writer.foresee(sum(-(-one.tensor.nbytes // ALIGNMENT) * ALIGNMENT for one in held))
+
+    def close(self) -> None:
+        """End the writer; what it has not finished is lost."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    # --- its phases --------------------------------------------------------------------------------------------
+
+    def _write(self, flight: _Flight) -> dict[str, Any] | None:
+        """Write this rank's share, or have it written."""
+        if self._writer is None and self.asynchronous and not self._copies:
+            self._start_writer()
+        flight.captured = captured = capture(self._engine)
+        flight.parts, tensors = [one.part for one in captured.held], [one.tensor for one in captured.held]
+        captured.held = []  # they change from now on
+        file = f"rank-{self._comm.rank}.safetensors"
+        if self._writer is None:
+            draft = commit.draft_of(self.root, flight.step, flight.token)
+            return write_share(draft, file, flight.parts, (bytes_of(tensor) for tensor in tensors))
+        offsets = self._writer.copy(tensors)
+        self._ask(
+            "write",
+            flight,
+            file=file,
+            parts=[vars(part) for part in flight.parts],
+            offsets=offsets,
+            copy_to=self._copy_to,
+        )
+        return None
+
+    def _end_write(self, flight: _Flight, result: dict[str, Any]) -> None:
+        captured, flight.captured = flight.captured, None
+        vote = _Vote(result.get("problem", ""))
+        if captured is not None and not vote.problem:
+            vote = _Vote("", flight.parts, result["result"], captured.scalars)
+        votes = self._comm.gather_object(vote)
+        text, problem = "", ""
+        if votes is not None:
+            problem = next((self._at(rank, vote.problem) for rank, vote in enumerate(votes) if vote.problem), "")
+            if not problem:
+                assert captured is not None
+                found = answer(lambda: self._manifest(flight, votes, captured).to_text())
+                text, problem = found.get("result", ""), found.get("problem", "")
+        several = len(self.disks.keepers) > 1  # then other keepers need it too
+        problem, sent, flight.size = self._comm.broadcast_object((problem, text if several else "", flight.size))
+        text = text or sent
+        if problem:
+            self._fail(flight, problem)
+            return
+        flight.phase = "commit"
+        self._keep(flight, "commit", lambda: commit_all(self.root, flight.step, flight.token, text), manifest=text)
+
+    def _end_phase(self, flight: _Flight, result: dict[str, Any]) -> None:
+        problems = self._comm.all_gather_object(result.get("problem", ""))
+        problem = next((self._at(rank, said) for rank, said in enumerate(problems) if said), "")
+        if flight.phase == "commit":
+            if problem:
+                self._fail(flight, problem)
+                return
+            flight.seconds = time.monotonic() - flight.began
+            flight.phase = "retire"
+            words = {"keep_last": self._keep_last, "keep_every": self._keep_every}
+            self._keep(flight, "retire", lambda: commit.retire(self.root, flight.step, **words), **words)
+            return
+        if problem:
+            self.notes.append(f"older checkpoints could not be deleted: {problem}")
+        path = folder_of(self.root, flight.step)
+        self._flight = None
+        self.finished.append(Saved(flight.step, path, "", flight.seconds, flight.stall_s, flight.size))
+
+    def _keep(self, flight: _Flight, what: str, work: Callable[[], None], **request: Any) -> None:
+        """A phase that only the keepers of disks have work in."""
+        if not self._is_keeper:
+            flight.result = {"result": None}
+        elif self._writer is None:
+            flight.result = answer(work)
+        else:
+            self._ask(what, flight, **request)
+
+    def _ask(self, what: str, flight: _Flight, **request: Any) -> None:
+        assert self._writer is not None
+        if what != "retire":
+            request["token"] = flight.token
+        self._writer.ask(what, root=self.root, step=flight.step, **request)
+
+    def _fail(self, flight: _Flight, problem: str) -> None:
+        """On all ranks: nothing of the save stays."""
+        if self._is_keeper:
+            answer(lambda: commit.discard(self.root, flight.step, flight.token))
+        self._flight = None
+        target = folder_of(self.root, flight.step)
+        words = f"{target}: expected to save step {flight.step}, found {problem}; {_FIX}"
+        self.finished.append(Saved(flight.step, target, words, time.monotonic() - flight.began, flight.stall_s))
+
+    def _manifest(self, flight: _Flight, votes: list[_Vote], captured: Captured) -> Manifest:
+        """Everything is there: what a checkpoint of it must hold."""
+        files = [(vote.parts, _written(vote)) for vote in votes]
+        scalars: dict[str, dict[str, Any]] = {}
+        for vote in votes:
+            for name, values in vote.scalars.items():
+                scalars.setdefault(name, values)
+        order = {name: place for place, name in enumerate(captured.order)}
+        entries = sorted(entries_of(files), key=lambda entry: order.get(entry.name, len(order)))
+        values = {**captured.values, "extra": flight.extra, "model": describe_model(self._engine)}
+        values["optimizer"]["scalars"] = {name: scalars[name] for name in captured.trained if name in scalars}
+        flight.size = sum(written.size for _, written in files)
+        return Manifest(
+            step=flight.step,
+            layout={
+                "world_size": self._comm.world_size,
+                "stage": self._engine.config.zero.stage,
+                "data_shard": self._engine.weights.sharers,
+            },
+            versions={"torch": torch.__version__, "python": platform.python_version()},
+            run_id=os.environ.get("DSTRAIN_RUN_ID", ""),
+            tensors=tuple(entries),
+            files={written.file: written.size for _, written in files},
+            hosts={written.file: host for (_, written), host in zip(files, self.disks.hosts, strict=True)},
+            saved_at=time.time(),
+            state=values,
+        )
+
+    def _at(self, rank: int, problem: str) -> str:
+        where = f"rank {rank} on {self.disks.hosts[rank]}: " if self._comm.world_size > 1 and rank else ""
+        return where + problem
+
+    # --- the writer --------------------------------------------------------------------------------------------
+
+    @property
+    def _own_writer(self) -> Writer:
+        assert self._writer is not None
+        return self._writer
+
+    def _start_writer(self) -> None:
+        """The writer of this rank; where copies are kept, on all ranks at once."""
+        self._writer = Writer()
+        if not self._copies:
+            return
+        address = _own_address()
+        self._writer.ask("listen", root=self.root, address=address, secret=self._secret)
+        found = self._writer.take()
+        everyone = self._comm.all_gather_object((address, found.get("result"), found.get("problem", "")))
+        host, port, problem = everyone[self.disks.next_of(self._comm.rank)]
+        if problem or port is None:
+            raise CheckpointError(f"checkpoint.replicas: expected a port to take copies at, found {problem}")
+        self._copy_to = host, port, self._secret
 
 
 def save(
@@ -47,266 +348,29 @@ def save(
     extra: Mapping[str, Any] | None = None,
     keep_every: int | None = None,
 ) -> Path:
-    """Save the engine's state below `root` as step-N; all ranks call it, between two steps.
+    """Save the engine's state below `root` as step-N, now; all ranks call it, between two steps. As `Saver`.
 
-    Some small collectives of objects; sharded tensors are sent to rank 0 one at a time, which holds no more of them.
-    keep_last: older checkpoints than so many are deleted, once this one stands. Checkpoints of later steps are of a
-    timeline that was left: they are deleted too, or set aside (`step-N.left-ID`) where all are kept. keep_every: steps
-    whose multiples stay. extra: plain values of the script's, rank 0's, which `load` gives back. Raises CheckpointError
-    on all ranks, with the cause; what was there before is untouched then.
+    Raises CheckpointError on all ranks, with the cause; what was there before is untouched then.
     """
-    assert engine.micro_step == 0, "a checkpoint is saved between two steps"
-    comm, step = engine.comm, engine.global_step
-    target = folder_of(root, step)
-    everyones_rng = comm.all_gather_object({name: tensor.numpy() for name, tensor in capture_rng().items()})
-    engine.share_buffers()
-    captured = capture(engine)
-    for rank, rng in enumerate(everyones_rng):
-        captured.tensors |= {f"rng.{rank}.{name}": Stored.of(torch.from_numpy(array)) for name, array in rng.items()}
-    draft = Draft(root, step)
-
-    def write() -> str:
-        """What went wrong; "" if nothing."""
-        if comm.rank:
-            for stored in captured.tensors.values():
-                stored.whole()
-            return ""
-        return _problem(lambda: draft.write(captured.tensors), target)
-
-    def commit() -> str:
-        if comm.rank:
-            return ""
-        values = {**captured.values, "extra": extra or {}}
-        return _problem(lambda: draft.commit(values, {"world_size": comm.world_size}), target) or _problem(
-            lambda: _retire(root, step, keep_last, keep_every), target
-        )
-
-    if engine.weights.sharers > 1:
-        problem = comm.all_gather_object(write())[0]
-        problem = problem or comm.all_gather_object(together(commit, comm))[0]
-    else:
-        problem = comm.all_gather_object(together(lambda: write() or commit(), comm))[0]
-    if problem:
-        fix = "the checkpoints before it are untouched; look at the disk, or give another checkpoint.dir"
-        raise CheckpointError(f"{target}: expected to save step {step}, found {problem}; {fix}")
-    return target
+    saver = Saver(engine, root, keep_last, keep_every)
+    path = saver.begin(extra)
+    saver.finish()
+    saver.raise_problems()
+    return path
 
 
-def _problem(work: Callable[[], object], target: Path) -> str:
-    try:
-        work()
-    except OSError as error:
-        return f"{error.strerror or error}: {error.filename or target}"
-    except Exception as error:  # or the others would wait for us in their next collective
-        return f"{type(error).__name__}: {error}"
-    return ""
+def _written(vote: _Vote) -> Written:
+    """With the boxes that the parts tell."""
+    file, pieces = vote.written["file"], []
+    for part, rows in zip(vote.parts, vote.written["pieces"], strict=True):
+        box = part.box_start or (0,) * len(part.shape), part.box_size or part.shape
+        pieces.append([Piece(*box, start, stop, file, offset, size, sha) for start, stop, offset, size, sha in rows])
+    return Written(file, vote.written["size"], pieces)
 
 
-def check_writable(root: Path, comm: Communicator) -> None:
-    """Try, on rank 0, what a save begins with; all ranks call it. One small collective of objects.
-
-    Makes `root`. Raises CheckpointError on all ranks: better before the first step than at the first save.
-    """
-    problem = ""
-    if comm.rank == 0:
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            trial = root / f"{folder_of(root, 0).name}.tmp-{secrets.token_hex(4)}"
-            trial.mkdir()
-            trial.rmdir()
-        except OSError as error:
-            problem = f"{error.strerror or error}: {root}"
-    problem = comm.all_gather_object(problem)[0]
-    if problem:
-        fix = "nothing was trained; give another checkpoint.dir"
-        raise CheckpointError(f"checkpoint.dir: expected a folder that can be written, found {problem}; {fix}")
-
-
-def _retire(root: Path, step: int, keep_last: int | None, keep_every: int | None) -> None:
-    """Behind the commit of `step`: those before it that are too many, and those after it, which are of another life."""
-    held = steps_in(root)
-    for later in (other for other in held if other > step):
-        if keep_last is None:
-            folder = folder_of(root, later)
-            folder.rename(folder.with_name(f"{folder.name}.left-{secrets.token_hex(4)}"))
-        else:
-            _remove(folder_of(root, later))
-    if keep_last is not None:
-        for old in [other for other in held if other <= step][keep_last:]:
-            if keep_every is None or old % keep_every:
-                _remove(folder_of(root, old))
-
-
-def save_model(engine: Engine, folder: Path) -> Path:
-    """Write the model alone as folder/model.safetensors, with config.json for a transformers model; all ranks call it.
-
-    As `save`, rank 0 writes and holds one tensor of others at a time. Raises CheckpointError on all ranks; a file that
-    was there before is whole then.
-    """
-    target, comm = folder / "model.safetensors", engine.comm
-    engine.share_buffers()
-    tensors = {name.removeprefix("model."): stored for name, stored in capture_model(engine).items()}
-    temporary = folder / f".{target.name}.tmp-{secrets.token_hex(4)}"
-
-    def write() -> None:
-        waiting = iter(tensors.items())
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(temporary, tensors, waiting)
-            _sync(temporary)
-            temporary.rename(target)
-            _sync(folder)
-            config: Any = getattr(engine.module, "config", None)
-            if hasattr(config, "to_json_file"):
-                config.to_json_file(folder / "config.json")
-        finally:
-            for _, stored in waiting:
-                stored.whole()
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-    problem = ""
-    if comm.rank == 0:
-        problem = _problem(write, target)
-    else:
-        for stored in tensors.values():
-            stored.whole()
-    problem = comm.all_gather_object(problem)[0]
-    if problem:
-        raise CheckpointError(f"{target}: expected to save the model, found {problem}; look at the disk")
-    return target
-
-
-class Draft:
-    """A checkpoint that one process writes. [Note: commit] What fails leaves nothing of it behind."""
-
-    def __init__(self, root: Path, step: int) -> None:
-        self._root, self._step = root, step
-        self._target = folder_of(root, step)
-        self._folder = root / f"{self._target.name}.tmp-{secrets.token_hex(4)}"
-        self._entries: list[TensorEntry] = []
-
-    def write(self, tensors: Mapping[str, Stored]) -> None:
-        """Write all tensors, each taken (`whole`) just before; all are taken even where writing fails, for other ranks
-        send them. Raises OSError, TypeError."""
-        waiting = iter(tensors.items())
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            sweep(self._root)
-            self._folder.mkdir()
-            self._entries = write_tensors(self._folder / STATE_FILE, tensors, waiting)
-        except BaseException:
-            for _, stored in waiting:
-                stored.whole()
-            self.discard()
-            raise
-
-    def commit(self, values: Mapping[str, Any], layout: Mapping[str, int]) -> None:
-        """Make it a checkpoint. Raises OSError."""
-        try:
-            _sync(self._folder / STATE_FILE)
-            manifest = Manifest(
-                step=self._step,
-                layout=layout,
-                versions={"torch": torch.__version__, "python": platform.python_version()},
-                run_id=os.environ.get("DSTRAIN_RUN_ID", ""),
-                tensors=tuple(self._entries),
-                files={STATE_FILE: (self._folder / STATE_FILE).stat().st_size},
-                state=values,
-            )
-            path = self._folder / FILE_NAME
-            path.write_text(manifest.to_text(), encoding="utf-8")
-            _sync(path)
-            _sync(self._folder)
-            if self._target.exists():  # of an earlier life: it was damaged and passed over, or the script saves twice
-                self._target.rename(self._root / f"{self._target.name}.old-{secrets.token_hex(4)}")
-            self._folder.rename(self._target)
-            _sync(self._root)
-        except BaseException:
-            self.discard()
-            raise
-        finally:
-            sweep(self._root)
-
-    def discard(self) -> None:
-        """Leave nothing of it."""
-        _remove(self._folder)
-
-
-def sweep(root: Path) -> None:
-    """Remove what saves have left unfinished; put back a checkpoint whose successor never came. [Note: commit]"""
-    for left in root.glob("step-*.tmp-*"):
-        _remove(left)
-    for old in root.glob("step-*.old-*"):
-        target = root / old.name.partition(".")[0]
-        if target.exists():
-            _remove(old)
-        else:
-            old.rename(target)
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, Stored], waiting: Iterator[tuple[str, Stored]] | None = None
-) -> list[TensorEntry]:
-    """One safetensors file, tensor by tensor, and what the manifest says of it. Raises OSError, TypeError.
-
-    waiting: over `tensors`; left where it was if writing fails.
-    """
-    header: dict[str, Any] = {}
-    end = 0
-    for name, stored in tensors.items():
-        if stored.dtype not in NAMES:
-            raise TypeError(f"{name} of {stored.dtype}, which the format does not hold")
-        size = prod(stored.shape) * stored.dtype.itemsize
-        offsets = [end, end + size]
-        header[name] = {"dtype": NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": offsets}
-        end += size
-    header["__metadata__"] = {"format": "pt"}  # transformers asks for it
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    entries = []
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, stored in waiting if waiting is not None else iter(tensors.items()):
-            whole = stored.whole()
-            assert whole is not None, "rank 0 has them all"
-            assert tuple(whole.shape) == stored.shape, f"{name} {tuple(whole.shape)}, not {stored.shape}"
-            data = _bytes(whole)
-            file.write(data)
-            entries.append(_entry(name, stored, path.name, 8 + len(text) + header[name]["data_offsets"][0], data))
-    return entries
-
-
-def _entry(name: str, stored: Stored, file: str, offset: int, data: memoryview) -> TensorEntry:
-    piece = Piece(
-        box_start=(0,) * len(stored.shape),
-        box_size=stored.shape,
-        start=0,
-        stop=prod(stored.shape),
-        file=file,
-        offset=offset,
-        size=data.nbytes,
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
-    return TensorEntry(name, stored.shape, NAMES[stored.dtype], (piece,))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""  # an array is a buffer, which mypy denies
-    return memoryview(data)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; its manifest first, so that what is left is none."""
-    with contextlib.suppress(OSError):
-        (folder / FILE_NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def _own_address() -> str:
+    """By which other hosts reach this one: as the job's store does."""
+    where = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "1"))
+    with socket.socket(socket.AF_INET6 if ":" in where[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(where)
+        return str(probe.getsockname()[0])

@@ -1,18 +1,32 @@
-"""The state of an engine as named tensors and JSON, and back. [Note: what is stored] in manifest.py."""
+"""The state of an engine as parts of named tensors and JSON, and back. [Note: what is stored] in manifest.py.
+
+[Note: shares]
+What several ranks hold alike (everything at stage 0, each shard once per replica) is written once: laid out in one row,
+the row is cut evenly, and each writes one section; only a tensor of LARGE_BYTES or more is cut itself. What one rank
+holds alone (its random numbers, a Muon moment that is not sharded by elements) it writes itself.
+"""
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dstrain.runtime.checkpoint.dtypes import DTYPES, NAMES
+from dstrain.runtime.checkpoint.manifest import Piece, TensorEntry
+from dstrain.runtime.checkpoint.parts import Part
 from dstrain.runtime.engine import Engine, TorchSchedule
 from dstrain.runtime.spec.errors import CheckpointError
+
+LARGE_BYTES = 1 << 20
 
 
 @dataclass
@@ -25,24 +39,31 @@ class State:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor to save. whole: gives it on rank 0; all ranks call it, in the same order, if it is sharded."""
+    """A tensor of the model. whole: gives it on rank 0; all ranks call it, in the same order, if it is sharded."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     whole: Callable[[], Tensor | None]
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> Stored:
-        """One that every rank has."""
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+@dataclass(frozen=True)
+class Held:
+    """A part of a tensor on this rank. tensor: flat."""
+
+    part: Part
+    tensor: Tensor
 
 
 @dataclass
 class Captured:
-    """What to save: tensors as they lie in the engine, not copied, and JSON; the same names on all ranks."""
+    """What this rank saves. held: as it lies in the engine, not copied. scalars: what its optimizer holds beside
+    tensors, by parameter. order: all names that this rank knows; trained: of parameters."""
 
-    tensors: dict[str, Stored]
-    values: dict[str, Any]
+    held: list[Held] = field(default_factory=list)
+    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
 
 
 def model_tensors(engine: Engine) -> dict[str, Tensor]:
@@ -57,144 +78,317 @@ def model_tensors(engine: Engine) -> dict[str, Tensor]:
     return tensors
 
 
+def capture_model(engine: Engine) -> dict[str, Stored]:
+    """The model's parameters and persistent buffers."""
+
+    def stored(name: str, tensor: Tensor) -> Stored:
+        shard = engine.weights.shard_of(name)
+        if shard is None:
+            return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+        return Stored(tuple(tensor.shape), shard.dtype, lambda: engine.weights.collect(name, shard))
+
+    return {name: stored(name.removeprefix("model."), tensor) for name, tensor in model_tensors(engine).items()}
+
+
+def describe_model(engine: Engine) -> dict[str, Any]:
+    """What an export needs besides the numbers: a transformers configuration, and which names mean one tensor."""
+    config: Any = getattr(engine.module, "config", None)
+    is_hf = hasattr(config, "to_json_string")
+    first: dict[int, str] = {}
+    tied = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        known = first.setdefault(id(tensor), name)
+        if known != name:
+            tied[name] = known
+    kind = "hf" if is_hf else None
+    return {"kind": kind, "config": json.loads(config.to_json_string(use_diff=False)) if is_hf else None, "tied": tied}
+
+
 def capture(engine: Engine) -> Captured:
-    """Everything that the next step depends on, of what all ranks share. A small collective of objects."""
-    tensors = capture_model(engine)
-    if engine.weights.exist:
-        tensors |= {f"master.{name}": _stored(engine, name, own) for name, own in engine.trained}
-    if engine.average is not None:
-        averages = engine.average.tensors.items()
-        tensors |= {f"average.{name}": _stored(engine, name, own) for name, own in averages}
-    states = dict(_optimizer_states(engine))
-    scalars: dict[str, dict[str, Any]] = {}
-    for name, keys in _merged_outlines(engine, states).items():
-        for key, outline in keys.items():
-            if isinstance(outline, _Outline):
-                own = states.get(name, {}).get(key)
-                tensors[f"optimizer.{name}.{key}"] = _stored_state(engine, name, own, outline)
-            else:
-                scalars.setdefault(name, {})[key] = outline
+    """Everything that the next step depends on, of which this rank writes its share. [Note: shares]"""
+    weights, comm = engine.weights, engine.comm
+    shared, sharded, own = _Row(engine), _Row(engine), _Row(engine)
+    alike = sharded if weights.sharers > 1 else shared  # by elements, or all of it
+    found = Captured(trained=[name for name, _ in engine.trained])
+    for full_name, tensor in model_tensors(engine).items():
+        found.order.append(full_name)
+        name = full_name.removeprefix("model.")
+        shard = weights.shard_of(name)
+        if shard is None:
+            shared.add(full_name, tuple(tensor.shape), tensor)
+        else:
+            alike.add(full_name, tuple(tensor.shape), shard, weights.interval_of(name))
+    for name, tensor, kind in _beside_the_model(engine):
+        found.order.append(f"{kind}.{name}")
+        alike.add(f"{kind}.{name}", _whole_shape(engine, name), tensor, weights.interval_of(name))
+    for name, parameter in engine.trained:
+        start, stop = weights.interval_of(name)
+        for key, value in engine.optimizer.state.get(parameter, {}).items():
+            full_name = f"optimizer.{name}.{key}"
+            if not isinstance(value, Tensor):
+                found.scalars.setdefault(name, {})[key] = value
+                continue
+            found.order.append(full_name)
+            if value.shape == parameter.shape:
+                alike.add(full_name, _whole_shape(engine, name), value, (start, stop))
+            elif start == 0:  # who has a parameter's beginning has what there is of it once
+                alike.add(full_name, tuple(value.shape), value)
+    for name, tensor in capture_rng().items():
+        own.add(f"rng.{comm.rank}.{name}", tuple(tensor.shape), tensor)
+    replicas = comm.world_size // weights.sharers
+    found.held = [
+        *share(shared.held, comm.world_size, comm.rank),
+        *share(sharded.held, replicas, comm.rank // weights.sharers),
+        *own.held,
+    ]
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "names")}
         for group in engine.optimizer.param_groups
     ]
-    values = {"optimizer": {"class": type(engine.optimizer).__name__, "scalars": scalars, "groups": groups}}
-    return Captured(tensors, {**values, "engine": engine.state_dict()})
+    found.values = {
+        "optimizer": {"class": type(engine.optimizer).__name__, "scalars": {}, "groups": groups},
+        "engine": engine.state_dict(),
+    }
+    return found
 
 
-def capture_model(engine: Engine) -> dict[str, Stored]:
-    """The model's parameters and persistent buffers."""
-    tensors = {}
-    for name, tensor in model_tensors(engine).items():
-        shard = engine.weights.shard_of(name.removeprefix("model."))
-        stored = Stored.of(tensor)
-        if shard is not None:
-            stored = _sharded(engine, name.removeprefix("model."), shard, tuple(tensor.shape))
-        tensors[name] = stored
-    return tensors
+class _Row:
+    def __init__(self, engine: Engine) -> None:
+        self._device = engine.device
+        self.held: list[Held] = []
+
+    def add(self, name: str, shape: tuple[int, ...], tensor: Tensor, interval: tuple[int, int] | None = None) -> None:
+        if tensor.dtype not in NAMES:
+            raise TypeError(f"{name} of {tensor.dtype}, which the format does not hold")
+        start, stop = interval if interval is not None else (0, prod(shape))
+        if stop > start or not prod(shape):
+            part = Part(name, shape, NAMES[tensor.dtype], start, stop)
+            self.held.append(Held(part, tensor.detach().reshape(-1)))
 
 
-class _Outline(NamedTuple):
-    """Of a tensor of an optimizer's state, on the rank that has it. by_element: it is cut as the parameter is."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    by_element: bool
-    owner: int
-
-
-def _merged_outlines(engine: Engine, states: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What the optimizers of all ranks hold, by parameter and key: outlines of tensors, and plain values."""
-    own_of = dict(engine.trained)
-    here: dict[str, dict[str, Any]] = {}
-    for name, state in states.items():
-        for key, value in state.items():
-            outline: Any = value
-            if isinstance(value, Tensor):
-                by_element = value.shape == own_of[name].shape
-                outline = _Outline(tuple(value.shape), value.dtype, by_element, engine.rank)
-            here.setdefault(name, {})[key] = outline
-    everyone = engine.comm.all_gather_object(here) if engine.weights.sharers > 1 else [here]
-    order = [name for name, _ in engine.trained]
-    return {name: next(held[name] for held in everyone if name in held) for name in order
-            if any(name in held for held in everyone)}  # fmt: skip
+def share(held: Sequence[Held], copies: int, index: int) -> list[Held]:
+    """What copy `index` of `copies` that hold the same writes of it. [Note: shares]"""
+    if copies == 1:
+        return list(held)
+    total = sum(one.part.size for one in held)
+    low, high = total * index // copies, total * (index + 1) // copies
+    chosen, begin = [], 0
+    for one in held:
+        size = one.part.size
+        if size < LARGE_BYTES:
+            is_last = index == copies - 1
+            if low <= begin < high or (is_last and begin >= high):
+                chosen.append(one)
+        else:
+            item = size // (one.part.stop - one.part.start)
+            start, stop = (min(max(-(-(edge - begin) // item), 0), size // item) for edge in (low, high))
+            if start < stop:
+                first = one.part.start
+                part = replace(one.part, start=first + start, stop=first + stop)
+                chosen.append(Held(part, one.tensor[start:stop]))
+        begin += size
+    return chosen
 
 
-def _stored(engine: Engine, name: str, own: Tensor) -> Stored:
-    """A tensor with the elements of parameter `name`, of which this rank has `own`."""
-    if engine.weights.sharers == 1:
-        return Stored.of(own.detach())
-    return _sharded(engine, name, own, tuple(dict(engine.trained)[name].whole_shape))  # type: ignore[attr-defined]
+def _beside_the_model(engine: Engine) -> Iterator[tuple[str, Tensor, str]]:
+    if engine.weights.exist:
+        for name, own in engine.trained:
+            yield name, own, "master"
+    if engine.average is not None:
+        for name, own in engine.average.tensors.items():
+            yield name, own, "average"
 
 
-def _sharded(engine: Engine, name: str, own: Tensor, shape: tuple[int, ...]) -> Stored:
-    return Stored(shape, own.dtype, lambda: engine.weights.collect(name, own))
+def _whole_shape(engine: Engine, name: str) -> tuple[int, ...]:
+    parameter = engine.piece_of(name)
+    return tuple(getattr(parameter, "whole_shape", parameter.shape))
 
 
-def _stored_state(engine: Engine, name: str, own: Tensor | None, outline: _Outline) -> Stored:
-    if engine.weights.sharers == 1:
-        assert own is not None
-        return Stored.of(own)
-    if outline.by_element:
-        held = own if own is not None else torch.empty(0, dtype=outline.dtype, device=engine.device)
-        return _sharded(engine, name, held, tuple(dict(engine.trained)[name].whole_shape))  # type: ignore[attr-defined]
-
-    def whole() -> Tensor | None:
-        return engine.comm.send_to_first(own, outline.owner, outline.shape, outline.dtype)
-
-    return Stored(outline.shape, outline.dtype, whole)
+# --- and back ------------------------------------------------------------------------------------------------
 
 
-def _optimizer_states(engine: Engine) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, parameter in engine.trained:
-        if state := engine.optimizer.state.get(parameter):
-            yield name, state
+Interval = tuple[int, int]
+Shapes = Mapping[str, tuple[tuple[int, ...], str]]
+"""Of a checkpoint: shape and safetensors' dtype by name."""
 
 
-Tensors = Iterator[tuple[str, Tensor]]
+class Restoration:
+    """Puts a saved state back into an engine, in place, piece by piece.
 
+    wants: [start, stop), flattened, of each tensor that this rank needs. missing: tensors of the model that keep what
+    they have.
+    """
 
-def restore(engine: Engine, shapes: Mapping[str, tuple[int, ...]], values: dict[str, Any], tensors: Tensors) -> None:
-    """Put a captured state back, in place, tensor by tensor as they come. Raises CheckpointError, and changes nothing
-    and takes no tensor, where names and shapes do not fit."""
-    own = model_tensors(engine)
-    _check_names(engine, own, shapes, values)
-    pieces = dict(engine.trained)
-    states: dict[str, dict[str, Any]] = {n: dict(v) for n, v in values["optimizer"]["scalars"].items()}
-    averages: dict[str, Tensor] = {}
-    engine.weights.settle()
-    with torch.no_grad():
-        for full_name, tensor in tensors:
+    def __init__(
+        self,
+        engine: Engine,
+        shapes: Shapes,
+        values: Mapping[str, Any],
+        same_world: bool,
+        model_only: bool,
+        exempt: Sequence[str],
+    ) -> None:
+        """same_world: of as many ranks, so that random numbers go on. model_only: parameters and buffers, also from a
+        checkpoint of another precision or optimizer. exempt: patterns of names that may be missing on either side, or
+        differ in shape. Raises CheckpointError, and changes nothing, where names and shapes do not fit."""
+        self._engine, self._values, self._same_world, self._model_only = engine, values, same_world, model_only
+        self._own = model_tensors(engine)
+        self._pieces = dict(engine.trained)
+        self._targets: dict[str, list[tuple[Tensor, int]]] = {}
+        self._copy_back: list[tuple[Tensor, Tensor]] = []
+        self._states: dict[str, dict[str, Any]] = {}
+        self._rng: dict[str, Tensor] = {}
+        self.wants: dict[str, Interval] = {}
+        self.missing: list[str] = []
+        if model_only:
+            self.missing = _check_model(self._own, shapes, exempt)
+        else:
+            _check_names(engine, self._own, shapes, values)
+        self._plan(shapes)
+
+    def begin(self) -> None:
+        """Nobody reads what will change."""
+        self._engine.weights.settle()
+
+    @torch.no_grad()
+    def put(self, entry: TensorEntry, piece: Piece, data: Tensor) -> None:
+        """Numbers of a piece, flat, where they belong."""
+        for target, begin in self._targets[entry.name]:
+            end = begin + target.numel()
+            if piece.box_size == entry.shape:
+                start, stop = max(begin, piece.start), min(end, piece.stop)
+                if start < stop:
+                    target[start - begin : stop - begin].copy_(data[start - piece.start : stop - piece.start])
+                continue
+            places = flat_places(entry.shape, piece)
+            inside = (places >= begin) & (places < end)
+            target[(places[inside] - begin).to(target.device)] = data[inside].to(target.device, target.dtype)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """All pieces have come."""
+        engine = self._engine
+        for target, flat in self._copy_back:
+            target.copy_(flat.view(target.shape))
+        if self._model_only:
+            engine.weights.restored()
+            if engine.average is not None:
+                engine.average.restart()
+            return
+        if engine.average is not None:
+            engine.average.updates = self._values["engine"]["average_updates"]
+        states = {name: dict(scalars) for name, scalars in self._values["optimizer"]["scalars"].items()}
+        for name, tensors in self._states.items():
+            states.setdefault(name, {}).update(tensors)
+        _restore_optimizer(engine, states, self._values["optimizer"]["groups"])
+        engine.weights.restored()
+        engine.load_state_dict(self._values["engine"])
+        if self._rng:
+            restore_rng(self._rng)
+
+    def _plan(self, shapes: Shapes) -> None:
+        for full_name, (shape, dtype) in shapes.items():
             kind, _, name = full_name.partition(".")
             if kind == "model":
-                shard = engine.weights.shard_of(name)
-                target = own[full_name] if shard is None else shard
-                target.copy_(tensor if shard is None else engine.weights.own_part(name, tensor).reshape(-1))
-            elif kind == "master":
-                pieces[name].copy_(engine.weights.own_part(name, tensor))
+                self._plan_model(full_name, name, shape, shapes)
+            elif kind == "master" and name in self._pieces and self._engine.weights.exist:
+                self._into(full_name, self._pieces[name], self._engine.weights.interval_of(name))
+            elif self._model_only:
+                continue
             elif kind == "average":
-                averages[name] = engine.weights.own_part(name, tensor).clone()
+                tensors = self._engine.average.tensors if self._engine.average is not None else {}
+                self._into(full_name, tensors[name], self._engine.weights.interval_of(name))
             elif kind == "optimizer":
-                name, _, key = name.rpartition(".")
-                states.setdefault(name, {})[key] = _own_state(engine, name, pieces.get(name), tensor)
-    if engine.average is not None:
-        engine.average.load(averages, values["engine"]["average_updates"])
-    _restore_optimizer(engine, states, values["optimizer"]["groups"])
-    engine.weights.restored()
-    engine.load_state_dict(values["engine"])
+                self._plan_state(full_name, name, shape, dtype)
+            elif full_name.startswith(f"rng.{self._engine.rank}.") and self._same_world:
+                self._rng[name.partition(".")[2]] = made = torch.empty(shape, dtype=DTYPES[dtype])
+                self._into(full_name, made, (0, prod(shape)))
+
+    def _plan_model(self, full_name: str, name: str, shape: tuple[int, ...], shapes: Shapes) -> None:
+        if full_name not in self._own or full_name in self.missing:
+            return
+        weights = self._engine.weights
+        shard = weights.shard_of(name)
+        if shard is None:
+            self._into(full_name, self._own[full_name], (0, prod(shape)))
+        else:
+            self._into(full_name, shard, weights.interval_of(name))
+        if self._model_only and weights.exist and name in self._pieces and f"master.{name}" not in shapes:
+            self._into(full_name, self._pieces[name], weights.interval_of(name))
+
+    def _plan_state(self, full_name: str, name: str, shape: tuple[int, ...], dtype: str) -> None:
+        name, _, key = name.rpartition(".")
+        own = self._pieces.get(name)
+        if own is None or not own.numel():
+            return
+        by_element = shape == _whole_shape(self._engine, name)
+        made = torch.empty(own.shape if by_element else shape, dtype=DTYPES[dtype])
+        self._states.setdefault(name, {})[key] = made
+        self._into(full_name, made, self._engine.weights.interval_of(name) if by_element else (0, prod(shape)))
+
+    def _into(self, full_name: str, target: Tensor, interval: Interval) -> None:
+        start, stop = interval
+        if start == stop:
+            return
+        self.wants[full_name] = interval
+        target = target.detach()
+        if target.is_contiguous():
+            flat = target.view(-1)
+        else:
+            flat = torch.empty(target.numel(), dtype=target.dtype, device=target.device)
+            self._copy_back.append((target, flat))
+        assert flat.numel() == stop - start, full_name
+        self._targets.setdefault(full_name, []).append((flat, start))
 
 
-def _own_state(engine: Engine, name: str, own: nn.Parameter | None, tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor of an optimizer's state; all of it if it is not cut as the parameter is."""
-    by_element = own is not None and tuple(tensor.shape) == tuple(getattr(own, "whole_shape", own.shape))
-    return engine.weights.own_part(name, tensor).clone() if by_element else tensor
+def flat_places(shape: tuple[int, ...], piece: Piece) -> Tensor:
+    """Where each element of a piece of a box lies in the tensor, flattened; int64."""
+    left = torch.arange(piece.start, piece.stop)
+    places, stride = torch.zeros_like(left), 1
+    for size, start, whole in zip(reversed(piece.box_size), reversed(piece.box_start), reversed(shape), strict=True):
+        places += (left % size + start) * stride
+        left, stride = left // size, stride * whole
+    return places
 
 
-def _check_names(
-    engine: Engine, own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, Any]
-) -> None:
+def overlaps(entry: TensorEntry, piece: Piece, interval: Interval) -> bool:
+    """Whether a piece may hold something of [start, stop) of its tensor. A box is never sure not to."""
+    if piece.box_size != entry.shape:
+        return piece.start < piece.stop
+    return max(interval[0], piece.start) < min(interval[1], piece.stop)
+
+
+def _check_model(own: Mapping[str, Tensor], shapes: Shapes, exempt: Sequence[str]) -> list[str]:
+    """Returns what of the model is not in the checkpoint, and may be."""
+
+    def may_differ(name: str) -> bool:
+        return any(fnmatchcase(name.removeprefix("model."), pattern) for pattern in exempt)
+
+    fix = "name what may differ in checkpoint.init_except"
+    there = {name: shape for name, (shape, _) in shapes.items() if name.startswith("model.")}
+    missing = [name for name in own if name not in there]
+    foreign = [name for name in there if name not in own and not may_differ(name)]
+    refused = [name for name in missing if not may_differ(name)]
+    if refused or foreign:
+        raise CheckpointError(
+            f"checkpoint: expected the tensors of this model, found {_some('none of', refused)}"
+            f"{' and ' if refused and foreign else ''}{_some('besides', foreign)}; {fix}"
+        )
+    for name, tensor in own.items():
+        if name in there and there[name] != tuple(tensor.shape):
+            if not may_differ(name):
+                found = f"expected {name} of shape {tuple(tensor.shape)}, found {there[name]}"
+                raise CheckpointError(f"checkpoint: {found}; another model? {fix}")
+            missing.append(name)
+    return missing
+
+
+def _check_names(engine: Engine, own: Mapping[str, Tensor], shapes: Shapes, values: Mapping[str, Any]) -> None:
+    if "engine" not in values:
+        fix = "load the model alone: checkpoint.init_from"
+        raise CheckpointError(f"checkpoint: expected one of a training, found one of a model alone; {fix}")
     wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    trained = {name: tuple(getattr(p, "whole_shape", p.shape)) for name, p in engine.trained}
+    trained = {name: _whole_shape(engine, name) for name, _ in engine.trained}
     if engine.weights.exist:
         wanted |= {f"master.{name}": shape for name, shape in trained.items()}
     if engine.average is not None:
@@ -204,8 +398,8 @@ def _check_names(
     foreign = [name for name in shapes if name.startswith(kinds) and name not in wanted]
     for name, shape in wanted.items():
         found = shapes.get(name)
-        if found is not None and found != shape:
-            raise CheckpointError(f"checkpoint: expected {name} of shape {shape}, found {found}; another model?")
+        if found is not None and found[0] != shape:
+            raise CheckpointError(f"checkpoint: expected {name} of shape {shape}, found {found[0]}; another model?")
     if missing or foreign:
         raise CheckpointError(
             "checkpoint: expected the tensors of this model and precision, "

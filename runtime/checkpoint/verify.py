@@ -24,7 +24,7 @@ def damages(folder: Path, manifest: Manifest, *, deep: bool = False) -> Iterator
     SHA-256, and the headers by which other programs read the files.
     """
     for entry in manifest.tensors:
-        yield from _contradictions(folder, manifest, entry)
+        yield from contradictions(folder, manifest, entry)
     for name in manifest.files:
         if Path(name).name != name:
             yield f"{folder}: expected names of files in this folder, found {name}"
@@ -54,7 +54,7 @@ def chunks(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
         yield data
 
 
-def _contradictions(folder: Path, manifest: Manifest, entry: TensorEntry) -> Iterator[str]:
+def contradictions(folder: Path, manifest: Manifest, entry: TensorEntry) -> Iterator[str]:
     """Where the pieces cannot be those of the tensor."""
     where = f"{folder}: {entry.name}"
     if entry.dtype not in ITEM_BYTES:

@@ -227,6 +227,23 @@ class CheckpointConfig(Section):
     keep_every: Count | None = Field(
         default=None, description="Steps whose multiples are kept too, whatever keep_last says."
     )
+    asynchronous: bool = Field(
+        default=True,
+        description="Train on while a copy of the state, in the host's memory, is written; false writes in place.",
+    )
+    replicas: Literal[1, 2] = Field(
+        default=1,
+        description="2: a second copy of each file on the next host, where hosts have disks of their own.",
+    )
+    init_from: Path | None = Field(
+        default=None,
+        description="A checkpoint whose model the training begins with, where there is nothing to resume from.",
+    )
+    init_except: tuple[str, ...] = Field(
+        default=(),
+        description="Patterns of names, such as head.*, that init_from may lack, have besides, or have in another "
+        "shape.",
+    )
     resume: str | None = Field(
         default=None,
         description="auto: from the newest whole one, if there is any; a step; or the path of one. As `--resume`.",

@@ -249,11 +249,10 @@ class ShardedWeights:
         flat = self.shards.collect(own.detach().reshape(-1), [stop - start for start, stop in sizes])
         return None if flat is None else flat.view(entry.shape)
 
-    def own_part(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's piece of a whole tensor with the elements of parameter `name`, in the shape of a piece."""
+    def interval_of(self, name: str) -> tuple[int, int]:
+        """What this rank has of parameter `name`: [start, stop) of it flattened."""
         unit, number = self._place_of[name]
-        start, stop = entry_overlap(unit.plan, self.shards.index, unit.plan.entries[number])
-        return _as_piece(whole.reshape(-1)[start:stop], tuple(whole.shape))
+        return entry_overlap(unit.plan, self.shards.index, unit.plan.entries[number])
 
     def shard_of(self, name: str) -> Tensor | None:
         """This rank's interval of a parameter in the model's dtype, flat; None: it is not sharded."""

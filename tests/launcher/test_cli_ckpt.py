@@ -28,7 +28,6 @@ from dstrain.launcher.checkpoints import Held, plan_pruning
 from dstrain.launcher.cli import app
 from dstrain.runtime.checkpoint.load import read
 from dstrain.runtime.checkpoint.manifest import FILE_NAME, ITEM_BYTES, Manifest, Piece, TensorEntry
-from dstrain.runtime.checkpoint.save import STATE_FILE
 from dstrain.runtime.checkpoint.verify import damages
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
@@ -37,6 +36,9 @@ from dstrain.runtime.spec.errors import CheckpointError, DstrainError, UsageErro
 from dstrain.runtime.spec.training_config import OptimizerConfig, PrecisionConfig
 
 PROGRAM = [sys.executable, "-c", "from dstrain.launcher.cli import main; main()", "ckpt"]
+
+
+STATE_FILE = "rank-0.safetensors"
 
 
 class Tied(nn.Module):

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dstrain.runtime import trainer
-from dstrain.runtime.checkpoint.load import read_newest
+from dstrain.runtime.checkpoint.commit import sweep
+from dstrain.runtime.checkpoint.load import read, read_newest
 from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, steps_in
-from dstrain.runtime.checkpoint.save import STATE_FILE, sweep
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
 from dstrain.runtime.optimizers import make_optimizer
@@ -33,6 +33,8 @@ from dstrain.runtime.spec.errors import CheckpointError
 from dstrain.runtime.spec.training_config import OptimizerConfig, PrecisionConfig
 
 RunRanks = Callable[..., list[Any]]
+
+STATE_FILE = "rank-0.safetensors"
 
 YAML = """
 name: tiny
@@ -72,7 +74,7 @@ def losses(events: list[dict[str, Any]]) -> dict[int, float]:
 
 
 def bytes_of(folder: Path, step: int) -> dict[str, bytes]:
-    tensors = load_file(folder / f"step-{step}" / STATE_FILE)
+    tensors = read(folder / f"step-{step}")[1].tensors
     return {name: tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
@@ -92,6 +94,7 @@ def test_ten_steps_and_a_kill_and_ten_are_twenty_bitwise(
 
     def killed(rank: int) -> None:
         words = [*precision, "--set", f"checkpoint.dir={halves}", "--set", "checkpoint.every_steps=10"]
+        words += ["--set", "checkpoint.asynchronous=false"]
         pid = os.fork()
         if pid == 0:
             die_behind(13)
@@ -270,7 +273,7 @@ def test_what_does_not_fit_is_refused(saved: Path, model: nn.Module, config: dic
 def test_the_manifest_says_what_is_stored(saved: Path) -> None:
     manifest = Manifest.read(saved / "step-3")
     assert manifest.step == 3
-    assert manifest.layout == {"world_size": 1}
+    assert manifest.layout == {"world_size": 1, "stage": 0, "data_shard": 1}
     entry = next(entry for entry in manifest.tensors if entry.name == "model.weight")
     (piece,) = entry.pieces
     assert (entry.shape, entry.dtype) == ((3, 4), "F32")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dstrain.runtime.ema import WeightAverage
-from dstrain.runtime.spec.errors import UsageError
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -80,28 +78,12 @@ def test_bf16_weights_have_an_average_in_fp32() -> None:
     torch.testing.assert_close(average.tensors["x"], torch.full((4,), 2 - 0.9999**10), rtol=0, atol=6e-7)
 
 
-def test_it_goes_on_from_what_was_saved() -> None:
+def test_it_begins_anew_with_other_weights() -> None:
     module = model()
-    first = WeightAverage(list(module.named_parameters()), decay=0.9)
+    average = WeightAverage(list(module.named_parameters()), decay=0.9)
     move(module, 1)
-    first.update()
-    second = WeightAverage(list(module.named_parameters()), decay=0.9)
-    second.load(load(save(first.tensors)), first.updates)
+    average.update()
     move(module, 2)
-    first.update()
-    second.update()
-    assert_equal(list(second.tensors.values()), list(first.tensors.values()))
-
-
-def test_another_models_average_is_an_error() -> None:
-    average = WeightAverage([("weight", nn.Parameter(torch.zeros(2, 3)))], decay=0.9)
-    fix = "; it is of another model; train.ema_decay: null goes on without an average"
-    with pytest.raises(UsageError) as error:
-        average.load({"weight": torch.zeros(3, 2)}, 1)
-    assert str(error.value) == "saved average of weight: expected shape (2, 3), found shape (3, 2)" + fix
-    with pytest.raises(UsageError) as error:
-        average.load({}, 1)
-    assert str(error.value) == "saved average of weight: expected shape (2, 3), found no such tensor" + fix
-    with pytest.raises(UsageError) as error:
-        average.load({"bias": torch.zeros(3), "weight": torch.zeros(2, 3)}, 1)
-    assert str(error.value) == "saved average of bias: expected no such tensor, found shape (3,)" + fix
+    average.restart()
+    assert average.updates == 0
+    assert_equal(list(average.tensors.values()), [parameter.detach() for parameter in module.parameters()])

@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py save [ROUNDS]     512 MB over 2 ranks: ours, with checksums and fsync, against
                                                       torch.save, DCP and DCP async (bars: stall 0.5 of DCP async's,
                                                       the whole save 0.8 of DCP's)
-    python benchmarks/checkpoint.py resume [ROUNDS]   kill -9 of a worker to the end of the first step behind the resume,
+    python benchmarks/checkpoint.py resume [ROUNDS]   kill -9 of a worker to the first step behind the resume,
                                                       4 ranks of the default GPT (bar: 3 s)
 
 `save` runs in one job: each contender in each round, the order turned round each time, what was written before synced

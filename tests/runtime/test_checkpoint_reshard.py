@@ -237,7 +237,7 @@ def test_what_the_model_lacks_or_has_besides_is_named(tmp_path: Path) -> None:
     comm = Communicator(0, 1, 0, torch.device("cpu"))
     save(head_engine(comm, 0, 3, "fp32"), tmp_path)
     other = engine_of(comm, 0)
-    with pytest.raises(CheckpointError, match="found none of model.0.weight, .* and besides model.body.weight"):
+    with pytest.raises(CheckpointError, match=r"found none of model.0.weight, .* and besides model.body.weight"):
         other.load_checkpoint(tmp_path, model_only=True)
     before = [p.detach().clone() for p in other.module.parameters()]
     assert load(other, tmp_path, model_only=True, exempt=["*"]).missing

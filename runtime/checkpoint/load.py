@@ -28,6 +28,10 @@ from dstrain.runtime.engine import Engine
 from dstrain.runtime.spec.errors import CheckpointError
 
 
+_TURN_BYTES = 8 << 20
+"""That a rank verifies before the next one's turn comes: long runs are read fast."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What was loaded. passed_over: why newer checkpoints were not. extra: what the script has saved with it. missing:
@@ -107,6 +111,7 @@ class _View:
     checksum: str = ""
     saved_at: float = 0.0
     problem: str = ""
+    is_absent: bool = False
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -127,8 +132,9 @@ def _examine(folder: Path, comm: Communicator) -> Found:
             problem = problem or str(error)
             continue
         return Found(folder, manifest, sources)
-    problem = problem or next((view.problem for view in views if view.problem), "")
-    raise CheckpointError(problem or f"{folder}: expected a checkpoint, found no {FILE_NAME}")
+    unread = next((view.problem for view in views if view.problem and not view.is_absent), "")
+    absent = next((view.problem for view in views if view.is_absent), "")
+    raise CheckpointError("; ".join(words for words in (problem, unread) if words) or absent)
 
 
 def _place(folder: Path, rank: int) -> Place | int:
@@ -147,10 +153,11 @@ def _look(folder: Path) -> tuple[str, _View]:
     except CheckpointError as error:
         return "", _View(problem=str(error))
     except OSError as error:
-        return "", _View(problem=f"{folder}: expected a checkpoint, found no {FILE_NAME}: {error.strerror}")
+        found = f"{folder}: expected a checkpoint, found no {FILE_NAME}: {error.strerror}"
+        return "", _View(problem=found, is_absent=True)
     except ValueError:
         return "", _View(problem=f"{folder / FILE_NAME}: expected a manifest, found damaged text")
-    return text, _View(hashlib.sha256(text.encode()).hexdigest(), manifest.saved_at, "", sizes)
+    return text, _View(hashlib.sha256(text.encode()).hexdigest(), manifest.saved_at, sizes=sizes)
 
 
 def _candidates(views: Sequence[_View], firsts: Sequence[int]) -> list[str]:
@@ -211,9 +218,6 @@ def _verify(
                         except CheckpointError as error:
                             here[disk, piece.file] = str(error)
     return {key: words for found in comm.all_gather_object(here) for key, words in found.items()}
-
-
-_TURN_BYTES = 8 << 20
 
 
 # --- its pieces ----------------------------------------------------------------------------------------------

@@ -222,18 +222,24 @@ class DeepSpeedEngine:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """(path, client_state) of what save_checkpoint made; without a tag the latest; (None, None) if there is none.
 
-        Rank 0's disk counts. settings: DeepSpeed's others, which can only be what they are by default. Raises
-        CheckpointError.
+        Rank 0's word on the tag counts. settings: DeepSpeed's others. load_module_only takes the parameters and buffers
+        alone, load_module_strict=False also where names or shapes differ; the rest can only be what it is by default.
+        Raises UsageError, CheckpointError.
         """
-        whole = {"load_module_strict": True, "load_optimizer_states": True, "load_lr_scheduler_states": True}
+        module_only = settings.pop("load_module_only", False)
+        exempt = [] if settings.pop("load_module_strict", True) else ["*"]
+        whole = {"load_optimizer_states": True, "load_lr_scheduler_states": True, "custom_load_fn": None}
         for name, value in settings.items():
-            if value != {**whole, "load_module_only": False, "custom_load_fn": None}.get(name, ...):
-                fix = "a checkpoint is loaded as a whole"
+            if value != whole.get(name, ...) and not (module_only and name in whole and name != "custom_load_fn"):
+                fix = "a checkpoint is loaded as a whole, or by load_module_only=True"
                 raise UsageError.mismatch("engine.load_checkpoint", "none of its other arguments", name, fix)
-        found = self._engine.comm.all_gather_object(tag or _latest(Path(load_dir)))[0]
+        if exempt and not module_only:
+            fix = "add load_module_only=True"
+            raise UsageError.mismatch("engine.load_checkpoint", "load_module_strict=True", "False", fix)
+        found = self._engine.comm.broadcast_object(tag or _latest(Path(load_dir)))
         if found is None:
             return None, None
-        loaded = load(self._engine, Path(load_dir) / str(found))
+        loaded = load(self._engine, Path(load_dir) / str(found), model_only=module_only, exempt=exempt)
         self.micro_steps = self.global_steps * self.gradient_accumulation_steps()
         return os.fspath(Path(load_dir) / str(found)), dict(loaded.extra)
 

@@ -262,11 +262,23 @@ def test_a_tag_that_is_saved_again_is_the_newest_alone(tmp_path: Path) -> None:
     engine.backward(engine(torch.ones(1, 3), torch.ones(1, 1)))
     engine.step()
     with pytest.MonkeyPatch.context() as patch:  # a save that fails leaves the one before, with its own client_state
-        patch.setattr("dstrain.runtime.checkpoint.save._sync", failing)
+        patch.setattr("dstrain.runtime.checkpoint.commit.sync", failing)
         with pytest.raises(CheckpointError, match="expected to save step 4"):
             engine.save_checkpoint(tmp_path, "last", client_state={"epoch": 3})
     assert engine.load_checkpoint(tmp_path)[1] == {"epoch": 2}
     assert engine.global_steps == 3
+
+
+def test_the_module_alone(tmp_path: Path) -> None:
+    engine, *_ = one_engine({"train_batch_size": 1, "optimizer": {"type": "Adam"}})
+    engine.backward(engine(torch.ones(1, 3), torch.ones(1, 1)))
+    engine.step()
+    engine.save_checkpoint(tmp_path)
+    again, *_ = one_engine({"train_batch_size": 1, "optimizer": {"type": "SGD"}})
+    path, _ = again.load_checkpoint(tmp_path, load_module_only=True, load_optimizer_states=False)
+    assert path is not None
+    assert again.global_steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(engine.module.parameters(), again.module.parameters(), strict=True))
 
 
 def failing(path: Path) -> None:
@@ -308,7 +320,7 @@ def test_what_it_does_not_do_says_so(capsys: pytest.CaptureFixture[str]) -> None
         (lambda: engine.step({"epoch": 1}), "without passing it to initialize"),
         (lambda: engine.set_gradient_accumulation_boundary(True), "gradient_accumulation_steps says"),
         (lambda: engine.save_16bit_model("x", "pytorch_model.bin"), "read the model by safetensors"),
-        (lambda: engine.load_checkpoint("x", load_module_only=True), "a checkpoint is loaded as a whole"),
+        (lambda: engine.load_checkpoint("x", load_optimizer_states=False), "a checkpoint is loaded as a whole"),
         (lambda: engine.save_checkpoint("x", client_state={"a": torch.ones(1)}), "client_state: expected JSON"),
         (lambda: deepspeed.initialize(config=CONFIG), "expected a model, found none"),
         (lambda: one_engine({"train_batch_size": 4}), "expected an optimizer, found none"),

@@ -7,7 +7,7 @@
                                                       4 ranks of the default GPT (bar: 3 s)
 
 `save` runs in one job: each contender in each round, the order turned round each time, what was written before synced
-beforehand. CKPT_DIR=…: where to write, by default a temporary folder.
+beforehand. CKPT_DIR=…: where to write, by default a temporary folder. --tiny: next to nothing, to see that all runs.
 """
 
 from __future__ import annotations
@@ -38,19 +38,22 @@ run: {nproc_per_node: 4, max_restarts: 1}
 """
 
 
-def main(what: str, rounds: int) -> None:
+def main(what: str, rounds: int, *flags: str) -> None:
     describe()
     with tempfile.TemporaryDirectory(dir=os.environ.get("CKPT_DIR")) as name:
-        {"save": measure_save, "resume": measure_resume}[what](Path(name), rounds)
+        if what == "resume":
+            measure_resume(Path(name), rounds)
+        else:
+            measure_save(Path(name), rounds, *flags)
 
 
-def measure_save(folder: Path, rounds: int) -> None:
+def measure_save(folder: Path, rounds: int, *flags: str) -> None:
     script, port = Path(__file__).with_name("checkpoint_rank.py"), str(free_port())
     ranks = []
     for rank in range(RANKS):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        command = [sys.executable, script, folder, str(rounds)]
+        command = [sys.executable, script, folder, str(rounds), *flags]
         ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     answers = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
@@ -131,4 +134,5 @@ def _pid_of_rank(run_id: str, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 5)
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
+    main(words[0], int(words[1]) if len(words) > 1 else 5, *(word for word in sys.argv if word.startswith("--")))

@@ -28,23 +28,24 @@ from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
 from dstrain.runtime.spec.training_config import ZeroConfig
 
 TENSORS, ROWS, COLUMNS = 25, 512, 10_000
+TINY_COLUMNS = 10
 
 
-def main(root: Path, rounds: int) -> None:
+def main(root: Path, rounds: int, columns: int) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     with Communicator.connect() as comm:
-        found = _measure(comm, root, rounds)
+        found = _measure(comm, root, rounds, columns)
     if comm.rank == 0:
         print(json.dumps(found))
 
 
-def _measure(comm: Communicator, root: Path, rounds: int) -> dict[str, list[float]]:
+def _measure(comm: Communicator, root: Path, rounds: int, columns: int) -> dict[str, list[float]]:
     mesh = init_device_mesh("cpu", (comm.world_size,))
     background = dist.new_group()
-    shards = {f"t{i}": torch.randn(ROWS // comm.world_size, COLUMNS) for i in range(TENSORS)}
+    shards = {f"t{i}": torch.randn(ROWS // comm.world_size, columns) for i in range(TENSORS)}
     state = {name: DTensor.from_local(tensor, mesh, [Shard(0)]) for name, tensor in shards.items()}
-    engine = _engine(comm)
+    engine = _engine(comm, columns)
     at_once = Saver(engine, root / "ours", keep_last=1)
     beside = Saver(engine, root / "ours-async", keep_last=1, asynchronous=True)
     beside.reserve()
@@ -104,8 +105,8 @@ def _measure(comm: Communicator, root: Path, rounds: int) -> dict[str, list[floa
     return {name: values[1:] for name, values in seconds.items()}  # the first round warms up
 
 
-def _engine(comm: Communicator) -> Engine:
-    module = nn.ParameterDict({f"t{i}": nn.Parameter(torch.randn(ROWS, COLUMNS)) for i in range(TENSORS)})
+def _engine(comm: Communicator, columns: int) -> Engine:
+    module = nn.ParameterDict({f"t{i}": nn.Parameter(torch.randn(ROWS, columns)) for i in range(TENSORS)})
     zero = ZeroConfig(stage=2)
     return Engine(
         module, comm, EngineConfig(zero=zero), lambda trained: torch.optim.SGD([p for _, p in trained]),
@@ -114,4 +115,4 @@ def _engine(comm: Communicator) -> Engine:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), TINY_COLUMNS if "--tiny" in sys.argv else COLUMNS)

@@ -33,6 +33,14 @@ def test_the_memory_of_a_large_model() -> None:
 
 
 @pytest.mark.slow
+def test_saves() -> None:
+    done = run("checkpoint.py", "save", "2", "--tiny")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ratio") == 3
+    assert "dd with fsync" in done.stdout
+
+
+@pytest.mark.slow
 def test_two_ranks_that_share_a_device() -> None:
     done = run("gpu.py", "two", "--tiny")
     assert done.returncode == 0, done.stderr

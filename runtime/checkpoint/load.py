@@ -27,7 +27,6 @@ from dstrain.runtime.comm import Communicator
 from dstrain.runtime.engine import Engine
 from dstrain.runtime.spec.errors import CheckpointError
 
-
 _TURN_BYTES = 8 << 20
 """That a rank verifies before the next one's turn comes: long runs are read fast."""
 

@@ -128,11 +128,6 @@ class Manifest:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: expected the keys of format {FORMAT}, found others: {error}") from None
 
-    @property
-    def checksum(self) -> str:
-        """Of its text: the same on all hosts that hold the same checkpoint."""
-        return hashlib.sha256(self.to_text().encode()).hexdigest()
-
 
 _CHECKSUM = ',\n "checksum": '
 _PAIRS = "__pairs__"

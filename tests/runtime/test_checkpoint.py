@@ -28,8 +28,10 @@ from dstrain.runtime.checkpoint.load import read, read_newest
 from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, steps_in
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
+from dstrain.runtime.models.gpt import GPT
 from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.spec.errors import CheckpointError
+from dstrain.runtime.spec.model_config import GPTConfig
 from dstrain.runtime.spec.training_config import OptimizerConfig, PrecisionConfig
 
 RunRanks = Callable[..., list[Any]]
@@ -83,7 +85,15 @@ def bytes_of(folder: Path, step: int) -> dict[str, bytes]:
 def test_ten_steps_and_a_kill_and_ten_are_twenty_bitwise(
     run_ranks: RunRanks, job: Path, tmp_path: Path, ranks: int, dtype: str
 ) -> None:
-    """The second life starts from step 10's files alone: what the first did behind them is lost with it."""
+    """The second life starts from step 10's files alone: what the first did behind them is lost with it. With dropout,
+    shuffled data, accumulation, and fp16's scale."""
+    text = job.read_text()
+    model = next(line for line in text.splitlines() if line.startswith("model:"))
+    job.write_text(
+        text.replace(model, f'model: {{factory: "{__name__}:dropping"}}').replace(
+            "data: {", "data: {sequence_length: 16, "
+        )
+    )
     precision = ["--set", f"precision.dtype={dtype}"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
 
@@ -115,6 +125,21 @@ def test_ten_steps_and_a_kill_and_ten_are_twenty_bitwise(
     assert all(found[step] == expected[step] for step in found)
     assert bytes_of(halves, 20) == bytes_of(whole, 20)
     assert read_newest(halves)[1].values == read_newest(whole)[1].values
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpt = GPT(GPTConfig(layers=1, width=16, heads=2, context=16, vocabulary=256))
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.dropout(self.gpt(tokens))
+        return logits
+
+
+def dropping() -> nn.Module:
+    return Dropping()
 
 
 def die_behind(step: int) -> None:

@@ -111,7 +111,9 @@ class Saver:
             replicas = 1
         self.asynchronous = asynchronous
         self._copies = replicas > 1
-        self._secret = self._comm.broadcast_object(secrets.token_hex(16))
+        if self._is_keeper:
+            commit.sweep(self.root)
+        self._secret = self._comm.all_gather_object(secrets.token_hex(16))[0]  # behind all sweeps
         self._copy_to: tuple[str, int, str] | None = None
         self._writer: Writer | None = None
         if asynchronous or self._copies:

@@ -131,7 +131,7 @@ def capture(engine: Engine) -> Captured:
             found.order.append(full_name)
             if value.shape == parameter.shape:
                 alike.add(full_name, _whole_shape(engine, name), value, (start, stop))
-            elif start == 0:  # who has a parameter's beginning has what there is of it once
+            elif start == 0 < stop:  # who has a parameter's beginning has what there is of it once
                 alike.add(full_name, tuple(value.shape), value)
     for name, tensor in capture_rng().items():
         own.add(f"rng.{comm.rank}.{name}", tuple(tensor.shape), tensor)

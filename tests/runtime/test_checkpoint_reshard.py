@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from dstrain.runtime.checkpoint.load import load, read
-from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, Piece
+from dstrain.runtime.checkpoint.load import _Files, load, read
+from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, Piece, TensorEntry
 from dstrain.runtime.checkpoint.parts import Part, entries_of, write_file
 from dstrain.runtime.checkpoint.save import save
 from dstrain.runtime.comm import Communicator
@@ -107,6 +107,39 @@ def test_every_layout_in_every_pair(run_ranks: RunRanks, tmp_path: Path, optimiz
     words = {"ema_decay": 0.9, "optimizer": optimizer}
     (one,) = set(save_each(run_ranks, tmp_path, layouts, **words))
     assert load_by_each(run_ranks, tmp_path, layouts, layouts, **words) == {one}
+
+
+def test_no_rank_reads_much_more_than_its_share(
+    run_ranks: RunRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the bytes to verify, and a quarter to load, of whatever layout."""
+    monkeypatch.setattr("dstrain.runtime.checkpoint.load._TURN_BYTES", 1)
+    monkeypatch.setattr("dstrain.runtime.checkpoint.parts.PIECE_BYTES", 64)
+
+    def work(rank: int) -> int:
+        with Communicator.connect() as comm:
+            engine = engine_of(comm, 3 if comm.world_size > 1 else 0)
+            if comm.world_size == 1:
+                train(engine, 0)
+                save(engine, tmp_path)
+                return 0
+            count, inner = 0, _Files.read
+
+            def read_and_count(self: _Files, entry: TensorEntry, piece: Piece) -> torch.Tensor:
+                nonlocal count
+                count += piece.size if not entry.name.startswith("rng.") else 0
+                return inner(self, entry, piece)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_Files, "read", read_and_count)
+                load(engine, tmp_path)
+            return count
+
+    run_ranks(1, work)
+    manifest, _ = read(tmp_path / "step-3")
+    size = sum(p.size for entry in manifest.tensors for p in entry.pieces if not entry.name.startswith("rng."))
+    for count in run_ranks(4, work):
+        assert count < 0.75 * size, (count, size)
 
 
 def test_a_hash_tells_one_bit(tmp_path: Path) -> None:

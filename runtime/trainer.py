@@ -230,6 +230,11 @@ class Trainer:
         self.saved_at = time.monotonic()
         self._report_saves()
 
+    def close(self) -> None:
+        """End what runs beside the training."""
+        if self.engine.saver is not None:
+            self.engine.saver.close()
+
     def _open_saver(self, root: Path) -> None:
         config = self.job.checkpoint
         assert config is not None
@@ -338,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Communicator.connect() as comm, contextlib.ExitStack() as stack:
             trainer = Trainer(job, comm, EventWriter.from_environment())
             stack.callback(trainer.report.close)
+            stack.callback(trainer.close)
             if job.checkpoint is not None:
                 _save_on_signals(trainer.engine)
             whole = trainer.train()

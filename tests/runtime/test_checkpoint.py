@@ -362,7 +362,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.lab
 def test_a_full_disk_leaves_the_older_checkpoint_whole(small_disk: Path) -> None:
-    engine = engine_of(nn.Linear(4, 200))  # 16 KB with the moments, and 10 KB of random numbers
+    engine = engine_of(nn.Linear(4, 600))  # 36 KB with the moments, and 10 KB of random numbers
     step_of(engine)
     engine.save_checkpoint(small_disk)
     step_of(engine)

@@ -119,7 +119,9 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path) -> None:
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        saver = Saver(one_rank(), tmp_path, asynchronous=True)
+        saver = Saver(one_rank(), tmp_path / "saved", asynchronous=True)
+        saver.begin()
+        saver.finish()  # it is up
         (writer,) = children()
         os.kill(writer, signal.SIGSTOP)
         saver.begin()
@@ -129,7 +131,8 @@ def test_a_writer_ends_with_its_rank(tmp_path: Path) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     wait_until(lambda: not Path(f"/proc/{writer}").exists() or _is_zombie(writer), "the writer's end")
-    assert steps_in(tmp_path) == []
+    assert steps_in(tmp_path / "saved") == [0]
+    assert read_newest(tmp_path / "saved")[0].step == 0
 
 
 def _is_zombie(pid: int) -> bool:

@@ -114,7 +114,7 @@ def delete(path: Path) -> list[str]:
         raise CheckpointError(
             f"{path}: expected a folder to delete, found a link to {path.readlink()}; remove it by hand"
         )
-    own = [each.name for each in path.glob("state-*.safetensors")]
+    own = [each.name for each in path.glob("rank-*.safetensors")]
     with contextlib.suppress(CheckpointError):
         own += [name for name in Manifest.read(path).files if Path(name).name == name]
     try:

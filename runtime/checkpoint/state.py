@@ -195,8 +195,8 @@ def _beside_the_model(engine: Engine) -> Iterator[tuple[str, Tensor, str]]:
         for name, own in engine.trained:
             yield name, own, "master"
     if engine.average is not None:
-        for name, own in engine.average.tensors.items():
-            yield name, own, "average"
+        for name, average in engine.average.tensors.items():
+            yield name, average, "average"
 
 
 def _whole_shape(engine: Engine, name: str) -> tuple[int, ...]:

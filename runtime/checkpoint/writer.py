@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,10 @@ def main(control_fd: int, memory_fd: int, parent: int) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             request = json.loads(control.recv_bytes())
-            if request["do"] == "reserve":  # nobody waits for it
-                answer(lambda r=request: writer.do(r))
-                continue
-            control.send_bytes(json.dumps(answer(lambda r=request: writer.do(r))).encode())
+            is_awaited = request["do"] != "reserve"
+            found = answer(partial(writer.do, request))
+            if is_awaited:
+                control.send_bytes(json.dumps(found).encode())
 
 
 def answer(work: Callable[[], Any]) -> dict[str, Any]:

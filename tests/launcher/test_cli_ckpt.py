@@ -214,7 +214,7 @@ def test_a_terminal_of_80_columns_gets_a_table(saved: Path) -> None:
         assert max(map(len, lines)) <= 80
         assert "\x1b" not in shown
         assert re.search(r"\n +12 +\d+ (s|min|h) ago +\d+\.\d kB +1  whole    20261121-101748-be9fcf-first\n", shown)
-        assert re.search(r" 4 .* damaged .*\n {12}step-4/state-0.safetensors: expected \d+ bytes, found 100: ", shown)
+        assert re.search(r" 4 .* damaged .*\n {12}step-4/rank-0.safetensors: expected \d+ bytes, found 100: ", shown)
     assert max(map(len, on_a_terminal("show", saved, COLUMNS="80").splitlines())) <= 80
 
 
@@ -232,7 +232,7 @@ def test_show_is_one_page(saved: Path) -> None:
     shown = ckpt("show", saved)
     assert shown.startswith(f"{saved}/step-12\n  step      12, saved ")
     assert f"  versions  torch {torch.__version__}, python 3." in shown
-    assert "  layout    ranks 1\n" in shown
+    assert "  layout    ranks 1, stage 0, data_shard 1\n" in shown
     assert re.search(r"  optimizer class AdamW, ", shown)
     assert re.search(r"  engine    global_step 12, ", shown)
     assert re.search(r"\n  model +5 +28 +62 B\n", shown)  # 27 of bf16 and one of int64
@@ -243,7 +243,8 @@ def test_show_is_one_page(saved: Path) -> None:
 def test_show_json_counts_every_tensor(saved: Path) -> None:
     said = json.loads(ckpt("show", "--json", saved / "step-7"))
     entries = Manifest.read(saved / "step-7").tensors
-    assert (said["step"], said["whole"], said["layout"]) == (7, True, {"world_size": 1})
+    layout = {"world_size": 1, "stage": 0, "data_shard": 1}
+    assert (said["step"], said["whole"], said["layout"]) == (7, True, layout)
     assert sum(counts["tensors"] for counts in said["kinds"].values()) == len(entries) == len(said["tensors"])
     assert said["kinds"]["master"]["elements"] == said["kinds"]["average"]["elements"] == 12 + 15
     assert sum(counts["bytes"] for counts in said["kinds"].values()) == sum(e.pieces[0].size for e in entries)
@@ -319,8 +320,8 @@ def test_what_is_cut_off_is_named(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"size": 3}, "expected 24 bytes of it in state-0.safetensors, found 3"),
-        ({"file": "../step-1/state-0.safetensors"}, "expected its bytes in one of state-0.safetensors, found ../"),
+        ({"size": 3}, "expected 24 bytes of it in rank-0.safetensors, found 3"),
+        ({"file": "../step-1/rank-0.safetensors"}, "expected its bytes in one of rank-0.safetensors, found ../"),
         ({"box_size": (9, 9)}, "expected pieces of a tensor (3, 4), found"),
         ({"stop": 5, "size": 10}, "expected pieces of 12 elements, found 5"),
     ],

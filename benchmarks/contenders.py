@@ -153,7 +153,9 @@ def deepspeed(work: Work, stage: int, offload: bool = False) -> Contender:
 # --- ours ------------------------------------------------------------------------------------------------------------
 
 
-def dstrain(work: Work, stage: int, offload: bool = False, compiled: bool = False) -> Contender:
+def dstrain(
+    work: Work, stage: int, offload: bool = False, compiled: bool = False, check_replicas_every: int = 10
+) -> Contender:
     """The engine with the project's defaults, and the optimizer of `adamw`."""
     from dstrain.runtime import initialize  # here: the peers' memory is not to hold it
 
@@ -163,7 +165,7 @@ def dstrain(work: Work, stage: int, offload: bool = False, compiled: bool = Fals
         "precision": {"dtype": work.dtype},
         "batch": {"global": ranks * work.micro * work.accumulation, "micro": work.micro},
         "optimizer": {"name": "adamw", "lr": LR, "betas": [0.9, 0.999], "weight_decay": 0.01},
-        "train": {"clip": CLIP, "compile": compiled},
+        "train": {"clip": CLIP, "compile": compiled, "check_replicas_every": check_replicas_every},
     }
     if offload:
         job["zero"]["offload"] = {"optimizer": True}

@@ -3,7 +3,8 @@
     RANK=… WORLD_SIZE=… MASTER_ADDR=… MASTER_PORT=… python benchmarks/train_rank.py CONTENDER WORK
 
 WORK: fields of `gpt.Work` as JSON. Prints one JSON line: `Found`. Besides those of `contenders.py`, `floor` only joins
-the other ranks, and `activations` runs one forward of a plain model and counts what its backward will need.
+the other ranks, `activations` runs one forward of a plain model and counts what its backward will need, and `checks`
+compares replicas in every second step.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from contenders import Contender, contender
+from contenders import Contender, contender, dstrain
 from gpt import Work, batches, gpt, loss_of
 
 
 @dataclass
 class Found:
     """step_s: median of a step. peak_mib: the most resident memory that the process has ever had; device_peak_mib:
-    what torch has had of a GPU's. losses: of its own samples in the first and the last step. sent_bytes: in a step."""
+    what torch has had of a GPU's. losses: of its own samples in the first and the last step. sent_bytes: in a step.
+    checked_s: of `checks`, the median of the steps that compare replicas, step_s that of the others."""
 
     peak_mib: float = 0.0
     step_s: float = 0.0
@@ -36,6 +38,7 @@ class Found:
     sent_bytes: float | None = None
     device_peak_mib: float = 0.0
     activations_mib: float = 0.0
+    checked_s: float = 0.0
 
 
 def measure(trains: Contender, work: Work, data: Iterator[list[Tensor]]) -> Found:
@@ -58,6 +61,20 @@ def measure(trains: Contender, work: Work, data: Iterator[list[Tensor]]) -> Foun
         losses=(losses[0], losses[-1]),
         sent_bytes=sent / work.steps if trains.take_traffic else None,
     )
+
+
+def measure_checks(work: Work, data: Iterator[list[Tensor]]) -> Found:
+    """Every second step compares what the ranks hold alike: steps with and without it in turn, in one process."""
+    trains = dstrain(work, stage=0, check_replicas_every=2)
+    seconds: list[list[float]] = [[], []]
+    for number in range(2 * (work.warmup + work.steps)):
+        micros = next(data)
+        dist.barrier()
+        begun = time.perf_counter()
+        trains.step(micros)
+        seconds[number % 2].append(time.perf_counter() - begun)
+    plain, checked = (statistics.median(some[work.warmup :]) for some in seconds)
+    return Found(step_s=plain, checked_s=checked)
 
 
 def activations_mib(work: Work) -> float:
@@ -95,6 +112,8 @@ def main(name: str, work: Work) -> None:
     found = Found()
     if name == "activations":
         found.activations_mib = activations_mib(work)
+    elif name == "checks":
+        found = measure_checks(work, batches(work, dist.get_rank(), dist.get_world_size()))
     elif name != "floor":
         found = measure(contender(name, work), work, batches(work, dist.get_rank(), dist.get_world_size()))
     if work.device == "cuda":

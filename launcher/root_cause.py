@@ -119,6 +119,8 @@ def _what_happened(failure: Failure) -> str:
         return f"died of {name}"
     if failure.status == ExitCode.NON_FINITE:
         return f"stopped: loss or gradient is not finite (exit code {failure.status})"
+    if failure.status == ExitCode.REPLICAS_DIFFER:
+        return f"stopped: ranks no longer hold the same parameters (exit code {failure.status})"
     return f"failed with exit code {failure.status}"
 
 

@@ -7,6 +7,7 @@ anything but the disk, so no worker is ever slowed by a console.
 from __future__ import annotations
 
 import contextlib
+import queue
 import secrets
 import threading
 import time
@@ -19,7 +20,16 @@ from dstrain.launcher.hostfile import Host
 from dstrain.launcher.logs import LogFiles
 from dstrain.launcher.transport import Connection, ConnectOptions, connect, start_command
 from dstrain.runtime.spec.errors import DstrainError, HostError, UnreachableError
-from dstrain.runtime.spec.frames import FrameReader, Message, Output, ProtocolError, Stream, encode_message
+from dstrain.runtime.spec.file_frames import Chunk, FileAnswer
+from dstrain.runtime.spec.frames import (
+    FrameReader,
+    Message,
+    Output,
+    ProtocolError,
+    Stream,
+    encode_chunk,
+    encode_message,
+)
 
 MARKER_LIMIT_BYTES = 1 << 20  # a login shell that prints more than this before our marker is not one
 MINIMUM_PYTHON = (3, 11)
@@ -80,6 +90,9 @@ class HostSession:
         self._bundle, self._pythons, self._logs, self._post = bundle, pythons, logs, post
         self._connection: Connection | None = None
         self._closed = threading.Event()
+        self._talks: dict[int, queue.SimpleQueue[FileAnswer | Chunk | None]] = {}
+        self._last_talk = 0
+        self._talking = threading.Lock()
 
     def start(self, options: ConnectOptions, slot: threading.Semaphore) -> None:
         """Connect in a thread of its own; `slot` bounds how many do so at once."""
@@ -90,6 +103,26 @@ class HostSession:
         if self._connection is not None and self.liveness is Liveness.ALIVE:
             with contextlib.suppress(OSError):
                 self._connection.write(encode_message(message))
+
+    def send_chunk(self, talk: int, data: bytes) -> None:
+        """Send a piece of a file; as `send`."""
+        if self._connection is not None and self.liveness is Liveness.ALIVE:
+            with contextlib.suppress(OSError):
+                self._connection.write(encode_chunk(talk, data))
+
+    def begin_talk(self) -> tuple[int, queue.SimpleQueue[FileAnswer | Chunk | None]]:
+        """Its number, and where its answers come, in any thread; None: the host has gone. [Note: talks]"""
+        with self._talking:
+            self._last_talk += 1
+            answers = self._talks[self._last_talk] = queue.SimpleQueue()
+            if self.liveness is Liveness.GONE:
+                answers.put(None)
+            return self._last_talk, answers
+
+    def end_talk(self, talk: int) -> None:
+        """Later answers are nobody's."""
+        with self._talking:
+            self._talks.pop(talk, None)
 
     def close(self) -> None:
         """Drop the connection: the far side's stdin ends, and so does the job there."""
@@ -122,7 +155,10 @@ class HostSession:
             complaint = self._connection.complaint()
         except ProtocolError as error:
             complaint = str(error)
-        self.liveness = Liveness.GONE
+        with self._talking:
+            self.liveness = Liveness.GONE
+            for answers in self._talks.values():
+                answers.put(None)
         self._post(self.index, Gone(complaint, self._connection.program_ended()))
 
     def _explain(self, error: Exception) -> DstrainError:
@@ -176,7 +212,9 @@ class HostSession:
         reader, name = FrameReader(), self.host.name
         while True:
             for frame in reader.feed(data):
-                if not isinstance(frame, Output):
+                if isinstance(frame, FileAnswer | Chunk):
+                    self._hand_over(frame)
+                elif not isinstance(frame, Output):
                     self._post(self.index, frame)
                 elif frame.stream is Stream.EVENTS:
                     self._post(self.index, Events(frame.rank, frame.data))
@@ -187,6 +225,11 @@ class HostSession:
             self._reading = False
             if not data:
                 return
+
+    def _hand_over(self, answer: FileAnswer | Chunk) -> None:
+        with self._talking:
+            if answer.talk in self._talks:
+                self._talks[answer.talk].put(answer)
 
 
 class _Lines:

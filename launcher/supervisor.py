@@ -18,6 +18,7 @@ import time
 from dstrain.launcher import preflight
 from dstrain.launcher.attempt import Attempt, Outcome, lost_host
 from dstrain.launcher.bundle import build_bundle
+from dstrain.launcher.checkpoint_moves import bring_checkpoints, wanted_of
 from dstrain.launcher.console_link import ConsoleLink
 from dstrain.launcher.event_log import EventLog
 from dstrain.launcher.event_loop import EventLoop, StopRequested
@@ -178,6 +179,7 @@ class Supervisor:
 
     def _run_attempt(self, number: int) -> Outcome:
         assert self.plan is not None
+        bring_checkpoints(self.nodes, self.nodes, wanted_of(self.request.job, number), self.loop)
         self.attempt = attempt = Attempt(number, self.plan, self.nodes, self.logs, self._note)
         self._start_ranks(number)
         self.loop.wait(lambda: attempt.finished() is not None)

@@ -38,6 +38,7 @@ from dstrain.runtime.hooks import Hook
 from dstrain.runtime.loss_scale import LossScaler
 from dstrain.runtime.optimizers import set_learning_rate
 from dstrain.runtime.precision import DTYPES, first_non_finite
+from dstrain.runtime.replicas import ReplicaGuard
 from dstrain.runtime.spec.errors import NonFiniteError, UsageError
 from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
 from dstrain.runtime.zero.divergence import ranks_in_words
@@ -61,7 +62,8 @@ class EngineConfig:
     """The engine's share of a job.
 
     clip: largest global norm, or None. accumulation: micro-batches of a step. on_nonfinite: `skip` leaves out a step
-    whose loss or gradient is not finite; the others raise, and whoever trains may rewind.
+    whose loss or gradient is not finite; the others raise, and whoever trains may rewind. check_replicas_every: steps
+    between two comparisons of what ranks hold alike; None or 0: never.
     """
 
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -72,6 +74,7 @@ class EngineConfig:
     ema_decay: float | None = None
     compile: bool = False
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    check_replicas_every: int | None = 10
 
 
 class StepResult(NamedTuple):
@@ -112,7 +115,8 @@ class Engine:
     """Trains `module` alike on every rank.
 
     On construction rank 0's parameters and buffers are broadcast: one collective for each. A step reduces every
-    gradient once (at stages 2 and 3, once for each micro-batch), and all-reduces seven numbers.
+    gradient once (at stages 2 and 3, once for each micro-batch), and all-reduces seven numbers; now and then a checksum
+    of each rank's besides.
 
     global_step: steps done. micro_step: micro-batches of the step under way. learning_rate, grad_norm: of the last
     step. stop_requested, save_requested: set by signal handlers; the next step tells all ranks. dataloader: what
@@ -150,6 +154,9 @@ class Engine:
         self.schedule = schedule(self.optimizer) if callable(schedule) else schedule
         self.scaler = LossScaler(config.precision.loss_scale, enabled=config.precision.dtype == "fp16")
         self.average = WeightAverage(self.trained, config.ema_decay) if config.ema_decay else None
+        self.replicas = ReplicaGuard(
+            comm, self.weights, self.optimizer, self._parameters, self.average, config.check_replicas_every
+        )
         self._is_ordered = False
         self._left_out = 0  # steps in a row that were not finite
         adopt = Hook(lambda *_: self.weights.adopt(list(module.parameters())))
@@ -213,7 +220,8 @@ class Engine:
 
         Raises UsageError where no backward() has come since the last call; and NonFiniteError, on all ranks at the
         same step and before any parameter changes, when the loss or the gradient is not finite (an fp16 gradient that
-        overflows skips the step instead, and so does on_nonfinite: skip).
+        overflows skips the step instead, and so does on_nonfinite: skip); ReplicasDifferError, alike, when ranks no
+        longer hold the same parameters.
         """
         if self.micro_step == self._stepped_behind:
             fix = "write engine.backward(loss) in place of loss.backward()"
@@ -233,11 +241,12 @@ class Engine:
             order = float(self.weights.order)
             can_advance = self.saver is not None and self.saver.is_ready
             self._totals[5:8] = torch.tensor([order, order * order, can_advance], dtype=torch.float64)
-            self.comm.all_reduce(self._totals)
+            reading = self.replicas.all_reduce(self._totals, self.global_step + 1)
             if self.weights.sharers == 1:
                 self._totals[4] = squares
             loss_sum, tokens, stop, save, total, orders, their_squares, ready = self._totals.tolist()
         self.weights.check_order(orders, their_squares, self.world_size)
+        self.replicas.check(reading, f"step {self.global_step + 1}")
         norm = math.sqrt(total * self.weights.sharers / self.world_size if self.weights.sharers > 1 else total)
         divisor = tokens * self.scaler.value / self._unit if tokens else 1.0
         result = StepResult(loss_sum / max(tokens, 1), norm / divisor, int(tokens), stop=stop > 0, save=save > 0)
@@ -284,6 +293,7 @@ class Engine:
             if self.saver is not None:
                 self.saver.close()
             self.saver = Saver(self, Path(dir), asynchronous=asynchronous)
+        self.check_replicas()
         path = self.saver.begin()
         if not asynchronous:
             self.saver.finish()
@@ -295,6 +305,13 @@ class Engine:
         if self.saver is not None:
             self.saver.finish()
             self.saver.raise_problems()
+
+    def check_replicas(self) -> None:
+        """Compare all that ranks hold alike, unless train.check_replicas_every is off; on all ranks, between two steps.
+
+        Raises ReplicasDifferError on all ranks.
+        """
+        self.replicas.check_all(f"behind step {self.global_step}")
 
     def save_model(self, dir: str | Path) -> Path:
         """Write the trained model as dir/model.safetensors, whatever the stage; on all ranks. CheckpointError."""

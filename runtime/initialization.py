@@ -99,6 +99,7 @@ def engine_config(job: JobConfig, accumulation: int) -> EngineConfig:
         ema_decay=job.train.ema_decay,
         compile=job.train.compile,
         on_nonfinite=job.train.on_nonfinite,
+        check_replicas_every=job.train.check_replicas_every,
     )
 
 

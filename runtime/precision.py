@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -129,6 +129,10 @@ class MasterWeights:
 
     def begin_step(self) -> None:
         """Behind each step."""
+
+    def copies(self, parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, Tensor]]:
+        """Those of the model's parameters that are whole on all ranks: every one."""
+        return [(name, parameter.detach()) for name, parameter in parameters.items()]
 
     def shard_of(self, name: str) -> Tensor | None:
         """Nothing is sharded."""

@@ -45,7 +45,14 @@ from dstrain.runtime.models.language import generate
 from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.reporting import Reporter
 from dstrain.runtime.spec.config import JobConfig
-from dstrain.runtime.spec.errors import CheckpointError, ConfigError, DstrainError, NonFiniteError, UsageError
+from dstrain.runtime.spec.errors import (
+    CheckpointError,
+    ConfigError,
+    DstrainError,
+    NonFiniteError,
+    ReplicasDifferError,
+    UsageError,
+)
 from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.spec.load import load_job, load_resolved
@@ -103,7 +110,7 @@ class Trainer:
         self.unsaved = ""  # why the last save has failed
         self.has_reserved = False
         self.val_loss: float | None = None  # the last
-        self.rewound_at: int | None = None  # the step whose numbers were not finite
+        self.rewound_for: set[object] = set()  # steps whose numbers were not finite, and ranks that differed
         self.has_begun = False  # the model has taken a batch
         self.has_validated = False  # and one of validation
 
@@ -124,7 +131,7 @@ class Trainer:
             try:
                 is_whole = self._train_from_here()
                 is_over = True
-            except NonFiniteError as error:  # of all ranks, at the same step
+            except (NonFiniteError, ReplicasDifferError) as error:  # of all ranks, at the same step
                 self._finish_save()
                 self._rewind(error)
         self._finish_save(must_stand=True)
@@ -155,19 +162,21 @@ class Trainer:
                     return False
         return True
 
-    def _rewind(self, error: NonFiniteError) -> None:
+    def _rewind(self, error: NonFiniteError | ReplicasDifferError) -> None:
         """Go on from the newest checkpoint, where `train.on_nonfinite` says so, or raise `error`: also where there is
-        none, or where the same step fails again, for it will for ever. The ranks decide alike."""
-        step = self.engine.global_step + 1
-        if self.job.train.on_nonfinite != "rewind" or self.checkpoints is None or step == self.rewound_at:
+        none, or where the same step fails or the same ranks differ again, for they will for ever. The ranks decide
+        alike."""
+        cause: object = error.ranks if isinstance(error, ReplicasDifferError) else self.engine.global_step + 1
+        if self.job.train.on_nonfinite != "rewind" or self.checkpoints is None or cause in self.rewound_for:
             raise error
         if not any(self.comm.all_gather_object(bool(steps_in(self.checkpoints)))):
             raise error
-        self.rewound_at = step
+        self.rewound_for.add(cause)
         self.report.rewound(load(self.engine, self.checkpoints), str(error))
 
     def train_step(self, loader: Loader) -> StepResult:
-        """One optimizer step over this rank's micro-batches. May raise NonFiniteError; the first one UsageError."""
+        """One optimizer step over this rank's micro-batches. May raise NonFiniteError and
+        ReplicasDifferError; the first one UsageError."""
         begun = time.perf_counter()
         result = None
         while result is None:
@@ -221,7 +230,9 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Begin to save a checkpoint; on all ranks. What becomes of it is reported when it is known."""
+        """Begin to save a checkpoint; on all ranks. What becomes of it is reported when it is known. Raises
+        ReplicasDifferError before: what is poisoned is not saved."""
+        self.engine.check_replicas()
         saver = self.engine.saver
         assert saver is not None
         saver.begin()

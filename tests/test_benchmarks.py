@@ -41,6 +41,13 @@ def test_saves() -> None:
 
 
 @pytest.mark.slow
+def test_what_comparing_replicas_costs() -> None:
+    done = run("train.py", "checks", "1", "--tiny")
+    assert done.returncode == 0, done.stderr
+    assert "step that compares replicas" in done.stdout
+
+
+@pytest.mark.slow
 def test_two_ranks_that_share_a_device() -> None:
     done = run("gpu.py", "two", "--tiny")
     assert done.returncode == 0, done.stderr

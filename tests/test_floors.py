@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PLAIN_SPEC = {"errors", "event", "exit_codes", "frames", "linux"}  # for agent and warden: no pydantic
+PLAIN_SPEC = {"errors", "event", "exit_codes", "file_frames", "frames", "linux"}  # for agent and warden: no pydantic
 PLAIN_CHECKPOINT = {"manifest", "verify", "export"}  # for `dstrain ckpt`: no torch
 STANDARD = set(sys.stdlib_module_names)
 

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dstrain.launcher.agent import host_facts, processes, rendezvous
+from dstrain.launcher.agent.files import REQUESTS, FileWorker, Request
 from dstrain.launcher.agent.outbox import Outbox
 from dstrain.launcher.agent.ranks import Phase, Ranks
 from dstrain.launcher.agent.workers import Zygote, handle_zygote
 from dstrain.runtime.spec import frames
+from dstrain.runtime.spec.file_frames import Chunk
 from dstrain.runtime.spec.linux import become_subreaper
 
 HEARTBEAT_S = 1.0
@@ -55,6 +57,7 @@ def main(package_root: str, work: str, warden: int, warden_alive: int) -> NoRetu
         reason = traceback.format_exc()
     roots = [os.getpid(), *([warden] if os.getppid() == warden else [])]  # a dead warden's pid is anybody's
     left = processes.sweep(agent.ranks.cookies, roots)
+    agent.files.abandon()
     if reason:
         agent.say_last(frames.AgentFailed(reason))
     if os.getppid() != warden:  # else the warden cleans up
@@ -67,6 +70,7 @@ class Agent:
         self.package_root, self.work, self.warden = package_root, work, warden
         self.outbox = Outbox(1)
         self.ranks = Ranks(self.outbox, warden, self._spared)
+        self.files = FileWorker()
         self.reader = frames.FrameReader()
         self.prepare: frames.Prepare | None = None
         self.facts: frames.HostFacts | None = None
@@ -91,6 +95,7 @@ class Agent:
             frames.Stop: self._do_stop,
             frames.DumpStacks: self._do_dump_stacks,
             frames.Close: self._do_close,
+            **dict.fromkeys(REQUESTS, self._do_files),
         }
 
     def _watch_descriptors(self, warden_alive: int) -> None:
@@ -103,6 +108,7 @@ class Agent:
         self._on(0, self._on_stdin)
         self._on(warden_alive, self._on_warden_gone)
         self._on(wake_read.fileno(), self._on_child)
+        self._on(self.files.fileno(), self._on_files)
 
     def _on(self, fd: int, handler: Callable[[int], None]) -> None:
         self.selector.register(fd, selectors.EVENT_READ, handler)
@@ -197,6 +203,13 @@ class Agent:
 
     def _on_output(self, fd: int) -> None:
         self.ranks.read()
+
+    def _on_files(self, fd: int) -> None:
+        for answer in self.files.answers():
+            if isinstance(answer, Chunk):
+                self.outbox.chunk(answer.talk, answer.data)
+            else:
+                self.tell(answer)
 
     def _on_zygote(self, fd: int) -> None:
         if self.zygote is None:
@@ -355,6 +368,10 @@ class Agent:
 
     def _do_dump_stacks(self, message: frames.DumpStacks) -> None:
         self.ranks.dump_stacks()
+
+    def _do_files(self, message: Request) -> None:
+        assert self.prepare is not None
+        self.files.ask(Path(self.prepare.cwd), message)
 
     def _do_close(self, message: frames.Close) -> None:
         self.closing = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 
-from dstrain.runtime.spec.frames import Heartbeat, Message, Stream, encode_message, encode_output
+from dstrain.runtime.spec.frames import Heartbeat, Message, Stream, encode_chunk, encode_message, encode_output
 
 HIGH_WATER_BYTES = 4 << 20  # above: the workers' pipes are left unread, so a slow link slows them, not our memory
 LOW_WATER_BYTES = 1 << 20
@@ -38,6 +38,10 @@ class Outbox:
     def output(self, rank: int, stream: Stream, data: bytes) -> None:
         """Queue what a worker wrote."""
         self._add(encode_output(rank, stream, data))
+
+    def chunk(self, talk: int, data: bytes) -> None:
+        """Queue a piece of a file."""
+        self._add(encode_chunk(talk, data))
 
     def _add(self, data: bytes) -> None:
         self._frames.append(data)

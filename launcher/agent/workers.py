@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dstrain.launcher.agent.processes import kill, read_proc
+from dstrain.runtime.spec.file_frames import Chunk
 from dstrain.runtime.spec.frames import (
     Ended,
     Fork,
@@ -124,7 +125,7 @@ class Zygote:
             return None
         if not data:
             return None
-        messages = [frame for frame in self._reader.feed(data) if not isinstance(frame, Output)]
+        messages = [frame for frame in self._reader.feed(data) if not isinstance(frame, Output | Chunk)]
         self.ready |= any(isinstance(message, PreloadFacts) for message in messages)
         return messages
 

@@ -10,7 +10,8 @@
     │   └── AuthenticationError 201
     ├── RendezvousError       205    the fixed address or port cannot be had
     ├── CheckpointError       204    a checkpoint cannot be written, or none that is whole can be read
-    └── NonFiniteError        206    loss or gradient is not finite
+    ├── NonFiniteError        206    loss or gradient is not finite
+    └── ReplicasDifferError   209    ranks no longer hold the same parameters
 
 Standard library only: the agent uses this module on a bare Python.
 """
@@ -88,3 +89,16 @@ class NonFiniteError(DstrainError):
     """The loss or a gradient is not a finite number."""
 
     exit_code = ExitCode.NON_FINITE
+
+
+class ReplicasDifferError(DstrainError):
+    """Ranks no longer hold the same numbers where they must: a memory or a processor is at fault.
+
+    ranks: those that may be; a majority shows which, of two it is both.
+    """
+
+    exit_code = ExitCode.REPLICAS_DIFFER
+
+    def __init__(self, message: str, ranks: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.ranks = ranks

@@ -24,6 +24,7 @@ class ExitCode(IntEnum):
     NON_FINITE = 206
     AGENT_LOST = 207
     LEFT_EARLY = 208  # a rank left early and the others stalled
+    REPLICAS_DIFFER = 209  # ranks no longer hold the same parameters
 
 
 def of_status(status: int) -> int:

@@ -1,9 +1,10 @@
 """How head, agent and zygote talk: frames on a byte stream.
 
-A frame is a header (kind, length) and that many bytes. Two kinds exist:
+A frame is a header (kind, length) and that many bytes. Three kinds exist:
 
     MESSAGE   JSON of one of the dataclasses below, with its class name under "message"
     OUTPUT    rank, stream, then the bytes that the worker wrote, as they are
+    CHUNK     the number of a talk, then bytes of a file: [Note: talks] in file_frames.py
 
 Strings that are not UTF-8 (argv and environment may hold any byte) travel as the lone surrogates that
 `os.fsdecode` makes of them; JSON escapes those, so they arrive byte-identical. Standard library only.
@@ -19,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from dstrain.runtime.spec.file_frames import CHUNK_HEADER, Chunk, FileAnswer, FileRequest, Inventory, StepFiles
+
 HEADER = struct.Struct(">BI")
 OUTPUT_HEADER = struct.Struct(">IB")
 MAX_FRAME_BYTES = 1 << 28  # far above any configuration; a length beyond it means that the stream is not ours
@@ -27,6 +30,7 @@ MAX_FRAME_BYTES = 1 << 28  # far above any configuration; a length beyond it mea
 class FrameKind(IntEnum):
     MESSAGE = 1
     OUTPUT = 2
+    CHUNK = 3
 
 
 class Stream(IntEnum):
@@ -306,6 +310,8 @@ Message = (
     | HoldStore
     | Forked
     | Ended
+    | FileRequest
+    | FileAnswer
 )
 _MESSAGES: dict[str, Any] = {cls.__name__: cls for cls in Message.__args__}
 
@@ -331,6 +337,11 @@ def encode_output(rank: int, stream: Stream, data: bytes) -> bytes:
     return b"".join((header, OUTPUT_HEADER.pack(rank, stream), data))
 
 
+def encode_chunk(talk: int, data: bytes) -> bytes:
+    """One CHUNK frame."""
+    return b"".join((HEADER.pack(FrameKind.CHUNK, CHUNK_HEADER.size + len(data)), CHUNK_HEADER.pack(talk), data))
+
+
 def decode_message(body: bytes) -> Message:
     """The dataclass that `encode_message` wrote. Raises ProtocolError for anything else."""
     try:
@@ -338,6 +349,8 @@ def decode_message(body: bytes) -> Message:
         cls = _MESSAGES[fields.pop("message")]
         if cls is Start:
             fields["processes"] = [ProcessSpec(**spec) for spec in fields["processes"]]
+        if cls is Inventory:
+            fields["steps"] = {int(step): StepFiles(**held) for step, held in fields["steps"].items()}
         if "addresses" in fields and cls is not HostFacts:
             fields["addresses"] = [(address, port) for address, port in fields["addresses"]]
         message: Message = cls(**fields)
@@ -347,12 +360,12 @@ def decode_message(body: bytes) -> Message:
 
 
 class FrameReader:
-    """Cuts a byte stream into messages and output. Feed it whatever arrived."""
+    """Cuts a byte stream into messages, output and chunks. Feed it whatever arrived."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[Message | Output]:
+    def feed(self, data: bytes) -> Iterator[Message | Output | Chunk]:
         """Yield what `data` completes; an incomplete frame waits for the next call."""
         self._buffer += data
         position = 0
@@ -365,7 +378,7 @@ class FrameReader:
         finally:
             del self._buffer[:position]
 
-    def _next(self, start: int) -> tuple[Message | Output | None, int]:
+    def _next(self, start: int) -> tuple[Message | Output | Chunk | None, int]:
         body = start + HEADER.size
         if len(self._buffer) < body:
             return None, start
@@ -378,4 +391,7 @@ class FrameReader:
         if kind == FrameKind.OUTPUT:
             rank, stream = OUTPUT_HEADER.unpack_from(self._buffer, body)
             return Output(rank, Stream(stream), bytes(self._buffer[body + OUTPUT_HEADER.size : end])), end
+        if kind == FrameKind.CHUNK:
+            (talk,) = CHUNK_HEADER.unpack_from(self._buffer, body)
+            return Chunk(talk, bytes(self._buffer[body + CHUNK_HEADER.size : end])), end
         return decode_message(bytes(self._buffer[body:end])), end

@@ -202,6 +202,12 @@ class TrainConfig(Section):
         description="When the loss or a gradient is not finite, on all ranks at the same step. stop: end with 206; "
         "skip: leave the step out, 10 in a row at most; rewind: go on from the newest checkpoint, once for a step.",
     )
+    check_replicas_every: NonNegativeCount | None = Field(
+        default=10,
+        description="Steps between two comparisons of what several ranks hold alike, a slice at a time, by checksums; "
+        "before each checkpoint all of it. Ranks that differ end the job with 209, or rewind as on_nonfinite says. "
+        "0 or null: never.",
+    )
     eval_every: Count | None = Field(default=None, description="Steps between validations; by default only at the end.")
     eval_samples: Count = Field(
         default=256,

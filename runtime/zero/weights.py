@@ -10,7 +10,7 @@ that the optimizer moves the parameters themselves; bf16 and fp16 shards have fp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -239,6 +239,15 @@ class ShardedWeights:
                 assert sums is not None
                 start = piece.place.offset
                 yield name, piece.own, sums[start : start + piece.place.numel].view(piece.own.shape)
+
+    def copies(self, parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, Tensor]]:
+        """Those of the model's parameters that are whole on all ranks when a step ends."""
+        self.gatherer.finish_residents()
+        return [
+            (name, parameter.detach())
+            for name, parameter in parameters.items()
+            if name not in self._place_of or self._place_of[name][0].resident
+        ]
 
     def collect(self, name: str, own: Tensor) -> Tensor | None:
         """Put the ranks' pieces of a tensor with the elements of parameter `name` together, whole on the first rank of

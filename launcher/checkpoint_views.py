@@ -147,7 +147,11 @@ def show(held: Held, manifest: Manifest, now: float) -> Iterator[str]:
     for name, values in manifest.state.items():
         if name == "optimizer" and isinstance(values, Mapping):
             values = _optimizer(values)
-        yield from _field(name, _short(_flat(values)) if isinstance(values, Mapping) else _value(values))
+        if name == "model" and isinstance(values, Mapping):
+            values = _model(values)
+        plain = values if isinstance(values, str) else _value(values)
+        text = _short(_flat(values)) if isinstance(values, Mapping) else plain
+        yield from _field(name.removeprefix("imported_"), text)
     for damage in held.damages:
         yield from _field("damaged", damage)
     for line in files_elsewhere(held.elsewhere):
@@ -190,6 +194,14 @@ def _optimizer(values: Mapping[str, Any]) -> dict[str, Any]:
     """Its class, and the learning rate of each group; how else it was configured is in --json."""
     rates = [_value(group["lr"]) for group in values.get("groups", []) if "lr" in group]
     return {"class": values.get("class"), "lr": ", ".join(rates) or "-"}
+
+
+def _model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of its configuration only what kind it is."""
+    config, tied = values.get("config"), values.get("tied")
+    said = {"kind": values.get("kind") or "-"}
+    said |= {"model_type": config.get("model_type")} if isinstance(config, Mapping) else {}
+    return said | ({"tied": ", ".join(tied)} if isinstance(tied, Mapping) and tied else {})
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_a_file_of_safetensors() -> None:
     assert manifest.state["imported_from"] == str(Path("given.safetensors").absolute())
     assert manifest.state["model"] == {"kind": None, "config": None, "tied": {}}
     assert "\twhole\n" in ckpt("list", "made")
-    assert "  imported_" in ckpt("show", "made")
+    assert f"  from      {Path('given.safetensors').absolute()}\n" in ckpt("show", "made")
     ckpt("export", "made", "-o", "out")
     assert same(load_file("out/model.safetensors"), tensors())
 
@@ -97,6 +97,7 @@ def test_a_folder_of_transformers_goes_in_and_out() -> None:
     assert same(imported(Path("made/step-30")), tensors())
     model = Manifest.read(Path("made/step-30")).state["model"]
     assert (model["kind"], model["config"]["hidden_size"]) == ("hf", 3)
+    assert "  model     kind hf, model_type llama\n" in ckpt("show", "made")
     ckpt("export", "made", "-o", "out", "--dtype", "bf16")
     assert json.loads(Path("out/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert json.loads(Path("out/generation_config.json").read_text()) == {"max_length": 9}
@@ -186,6 +187,7 @@ def test_a_state_dict_with_names_that_mean_one_tensor() -> None:
     expected = {name: tensor for name, tensor in model.state_dict().items() if name != "last.weight"}
     assert same(imported(Path("made/step-0")), expected)
     assert Manifest.read(Path("made/step-0")).state["model"]["tied"] == {"last.weight": "first.weight"}
+    assert "  model     kind -, tied last.weight\n" in ckpt("show", "made")
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,18 @@ def in_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([kKMGT]?)(i?)B?")
+
+
+def bytes_of(text: str) -> int | None:
+    """5GB -> 5000000000; also kB, MB, TB, KiB, MiB, GiB, TiB and plain bytes. None: no size."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        return None
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
 def ago(seconds: float) -> str:
     """90061 -> "25 h ago"."""
     for unit, length in (("d", 86400 * 2), ("h", 3600 * 2), ("min", 120)):
@@ -51,13 +64,26 @@ def iso(time: float) -> str:
 
 def as_json(held: Held) -> dict[str, Any]:
     """What `list --json` says of one."""
-    whole = {"path": str(held.path), "saved_at": iso(held.saved_at), "whole": not held.damages}
-    return {**vars(held), **whole, "damages": list(held.damages)}
+    whole = not held.damages and not held.elsewhere
+    said = {"path": str(held.path), "saved_at": iso(held.saved_at), "whole": whole}
+    return {**vars(held), **said, "damages": list(held.damages), "elsewhere": dict(held.elsewhere)}
+
+
+def state_of(held: Held) -> str:
+    """In a word or two."""
+    return "damaged" if held.damages else "in part" if held.elsewhere else "whole"
+
+
+def files_elsewhere(away: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """A line for each host that has files on a disk of its own."""
+    for host, files in away.items():
+        more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        yield f"on {host}, not here: {', '.join(files[:3])}{more}"
 
 
 def as_line(held: Held) -> str:
     """For a pipe, between tabs: path, step, time, bytes, ranks, run id, `whole` or why not."""
-    state = held.damages[0] if held.damages else "whole"
+    state = (*held.damages, *files_elsewhere(held.elsewhere), "whole")[0]
     ranks = "-" if held.ranks is None else held.ranks
     cells = (held.path, held.step, iso(held.saved_at), held.size_bytes, ranks, held.run_id or "-", state)
     return "\t".join(printable(str(cell)) for cell in cells)
@@ -69,11 +95,10 @@ def as_table(folder: Path, held: Iterable[Held], now: float) -> Iterator[str]:
     yield f"  {'step':>8}  {'saved':>10}  {'size':>8}  {'ranks':>5}  {'':7}  run"
     for each in held:
         ranks = "-" if each.ranks is None else each.ranks
-        state = "damaged" if each.damages else "whole"
         cells = f"{each.step:>8}  {ago(now - each.saved_at):>10}  {in_bytes(each.size_bytes):>8}  {ranks:>5}"
-        yield f"  {cells}  {state:7}  {printable(each.run_id) or '-'}"
-        for damage in each.damages:
-            yield from _wrapped(printable(damage.removeprefix(f"{folder}/")), " " * 12)
+        yield f"  {cells}  {state_of(each):7}  {printable(each.run_id) or '-'}"
+        for line in (*each.damages, *files_elsewhere(each.elsewhere)):
+            yield from _wrapped(printable(line.removeprefix(f"{folder}/")), " " * 12)
 
 
 def kinds_of(manifest: Manifest) -> dict[str, dict[str, int]]:
@@ -103,7 +128,7 @@ def show_json(held: Held, manifest: Manifest) -> dict[str, Any]:
         {"name": e.name, "shape": list(e.shape), "dtype": e.dtype, "bytes": size_of(e), "pieces": len(e.pieces)}
         for e in manifest.tensors
     ]
-    said = {"layout": manifest.layout, "versions": manifest.versions, "files": manifest.files}
+    said = {"layout": manifest.layout, "versions": manifest.versions, "files": manifest.files, "hosts": manifest.hosts}
     return {**as_json(held), **said, "kinds": kinds_of(manifest), "tensors": tensors, "state": manifest.state}
 
 
@@ -115,13 +140,22 @@ def show(held: Held, manifest: Manifest, now: float) -> Iterator[str]:
     yield from _field("run", held.run_id or "-")
     yield from _field("layout", _short(layout))
     yield from _field("versions", _short(manifest.versions))
-    yield from _field("files", _files(manifest.files))
+    pieces = sum(len(entry.pieces) for entry in manifest.tensors)
+    yield from _field("files", f"{_files(manifest.files)}; {pieces} pieces")
+    if manifest.hosts:
+        yield from _field("hosts", _hosts(manifest, held.elsewhere))
     for name, values in manifest.state.items():
         if name == "optimizer" and isinstance(values, Mapping):
             values = _optimizer(values)
-        yield from _field(name, _short(_flat(values)) if isinstance(values, Mapping) else _value(values))
+        if name == "model" and isinstance(values, Mapping):
+            values = _model(values)
+        plain = values if isinstance(values, str) else _value(values)
+        text = _short(_flat(values)) if isinstance(values, Mapping) else plain
+        yield from _field(name.removeprefix("imported_"), text)
     for damage in held.damages:
         yield from _field("damaged", damage)
+    for line in files_elsewhere(held.elsewhere):
+        yield from _field("in part", line)
     yield ""
     yield f"  {'':10}{'tensors':>8}  {'elements':>15}  {'size':>9}"
     for kind, counts in kinds_of(manifest).items():
@@ -145,10 +179,29 @@ def _files(files: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {in_bytes(size)}" for name, size in files.items())
 
 
+def _hosts(manifest: Manifest, away: Mapping[str, Sequence[str]]) -> str:
+    sizes: dict[str, list[int]] = {}
+    for name, host in manifest.hosts.items():
+        sizes.setdefault(host, []).append(manifest.files.get(name, 0))
+    said = (
+        f"{host} {len(held)} file{'s' * (len(held) > 1)} of {in_bytes(sum(held))}{' (not here)' * (host in away)}"
+        for host, held in sizes.items()
+    )
+    return ", ".join(said)
+
+
 def _optimizer(values: Mapping[str, Any]) -> dict[str, Any]:
     """Its class, and the learning rate of each group; how else it was configured is in --json."""
     rates = [_value(group["lr"]) for group in values.get("groups", []) if "lr" in group]
     return {"class": values.get("class"), "lr": ", ".join(rates) or "-"}
+
+
+def _model(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of its configuration only what kind it is."""
+    config, tied = values.get("config"), values.get("tied")
+    said = {"kind": values.get("kind") or "-"}
+    said |= {"model_type": config.get("model_type")} if isinstance(config, Mapping) else {}
+    return said | ({"tied": ", ".join(tied)} if isinstance(tied, Mapping) and tied else {})
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

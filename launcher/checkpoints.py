@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dstrain.runtime.checkpoint.manifest import FILE_NAME, PREFIX, Manifest, folder_of, steps_in
-from dstrain.runtime.checkpoint.verify import damages
+from dstrain.runtime.checkpoint.verify import damages, elsewhere
 from dstrain.runtime.spec.errors import CheckpointError, UsageError
 
 
 @dataclass(frozen=True)
 class Held:
-    """One checkpoint. saved_at: Unix time, of its manifest. size_bytes: of the files there. ranks: that saved it, None
-    where the manifest cannot be read. damages: a line each; none means whole."""
+    """One checkpoint. saved_at: Unix time, as its manifest says, else that of the manifest's file. size_bytes: of the
+    files here. ranks: that saved it, None where the manifest cannot be read. damages: a line each. elsewhere: files
+    that other hosts have on disks of their own, by host. Whole is what has neither."""
 
     path: Path
     step: int
@@ -24,6 +25,7 @@ class Held:
     ranks: int | None
     run_id: str
     damages: tuple[str, ...]
+    elsewhere: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -47,6 +49,15 @@ def find_folders(path: Path) -> list[Path]:
     return folders
 
 
+def only_folder(path: Path) -> Path:
+    """The one folder of checkpoints that `path` is or holds. Raises UsageError."""
+    folders = find_folders(path)
+    if len(folders) > 1:
+        found = f"{len(folders)}: {', '.join(each.name for each in folders[:5])}"
+        raise UsageError.mismatch("PATH", f"one folder of checkpoints in {path}", found, f"give {folders[0]}")
+    return folders[0]
+
+
 def survey(folder: Path) -> list[Held]:
     """All checkpoints in a folder, the newest first; those too that a kill or a hand has left incomplete."""
     held = []
@@ -59,15 +70,17 @@ def survey(folder: Path) -> list[Held]:
 def look(path: Path) -> Held:
     """One checkpoint, checked cheaply."""
     manifest, found = None, []
+    away: Mapping[str, Sequence[str]] = {}
     try:
         manifest = Manifest.read(path)
-        found = list(damages(path, manifest))
+        found, away = list(damages(path, manifest)), elsewhere(path, manifest)
     except CheckpointError as error:
         found = [str(error)]
-    step, ranks, run_id = int(_step_of(path) or 0), None, ""
+    step, ranks, run_id, saved_at = int(_step_of(path) or 0), None, "", 0.0
     if manifest is not None:
         step, ranks, run_id = manifest.step, manifest.layout.get("world_size"), manifest.run_id
-    return Held(path, step, _saved_at(path), _size(path), ranks, run_id, tuple(found))
+        saved_at = manifest.saved_at
+    return Held(path, step, saved_at or _saved_at(path), _size(path), ranks, run_id, tuple(found), away)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""`dstrain ckpt`: look at checkpoints, check them, take the model out, delete old ones. Without torch."""
+"""`dstrain ckpt`: look at checkpoints, check them, take the model out or bring one in, delete old ones.
+
+Without torch, but for `import` of files that torch has written.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,28 @@ import typer
 from dstrain.runtime.spec.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:  # each command imports what it needs, so that `dstrain --help` answers at once
+    from dstrain.runtime.checkpoint.foreign import Source
     from dstrain.runtime.checkpoint.manifest import Manifest
 
-app = typer.Typer(help="List, check, export and prune checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="List, check, export, import and prune checkpoints.", no_args_is_help=True)
 
 
 class Target(StrEnum):
     """What a checkpoint can be exported to."""
 
     SAFETENSORS = "safetensors"
+
+
+class Dtype(StrEnum):
+    """Of what is exported."""
+
+    SAVED = "saved"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+SAFETENSORS_NAMES = {Dtype.SAVED: None, Dtype.BF16: "BF16", Dtype.FP16: "F16", Dtype.FP32: "F32"}
 
 
 PathArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a folder: the newest in it.")]
@@ -80,39 +96,101 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare its SHA-256.")] = False,
 ) -> None:
     """Check a checkpoint; every damage on a line of its own, exit code 204 if there is any."""
-    from dstrain.launcher.checkpoint_views import in_bytes, printable
-    from dstrain.runtime.checkpoint.verify import damages
+    from dstrain.launcher.checkpoint_views import files_elsewhere, in_bytes, printable
+    from dstrain.runtime.checkpoint.verify import damages, elsewhere
 
     checkpoint, manifest = _read(path)
     found = [printable(damage) for damage in damages(checkpoint, manifest, deep=deep)]
+    away = elsewhere(checkpoint, manifest)
+    for line in files_elsewhere(away):
+        typer.echo(printable(f"{checkpoint}: {line}; verify it there"))
     if found:
         raise CheckpointError("\n".join(found))
-    size = in_bytes(sum(manifest.files.values()))
+    here = set(manifest.files) - {name for names in away.values() for name in names}
+    size = in_bytes(sum(manifest.files[name] for name in here))
     how = "every byte was read" if deep else "by its sizes; --deep reads every byte"
-    typer.echo(f"{printable(str(checkpoint))}: whole, {len(manifest.tensors)} tensors, {size} ({how})")
+    said = f"no damage in {len(here)} of {len(manifest.files)} files" if away else "whole"
+    typer.echo(f"{printable(str(checkpoint))}: {said}, {len(manifest.tensors)} tensors, {size} ({how})")
 
 
 @app.command("export")
 def export(
-    path: PathArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where the file goes.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where the files go.")],
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[PATH]", help="A checkpoint, or a folder: the newest in it.")
+    ] = None,
     to: Annotated[Target, typer.Option("--to", help="The format.")] = Target.SAFETENSORS,
-    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="fp32 takes the master weights.")] = Dtype.SAVED,
+    average: Annotated[bool, typer.Option("--average", help="The averaged weights (train.ema_decay).")] = False,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of one file; such as 500MB.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Write over a model that is there.")] = False,
 ) -> None:
-    """Write the model's tensors alone as FOLDER/model.safetensors; read back, it is what was saved."""
-    from dstrain.launcher.checkpoint_views import in_bytes, printable
-    from dstrain.runtime.checkpoint.export import MODEL_FILE, export_model
+    """Write the model alone as safetensors, with config.json if it is one of transformers; read back and compared.
+
+    Without PATH the newest in ./checkpoints, if one job alone has saved there.
+    """
+    from dstrain.launcher.checkpoint_views import bytes_of, in_bytes, printable
+    from dstrain.launcher.checkpoints import only_folder
+    from dstrain.runtime.checkpoint.export import ExportOptions, export_model, in_the_way, plan_export
 
     assert to is Target.SAFETENSORS
-    checkpoint, manifest = _read(path)
+    max_bytes = bytes_of(max_shard_size)
+    if not max_bytes:
+        raise UsageError.mismatch("--max-shard-size", "a size such as 5GB or 500MB", max_shard_size)
+    checkpoint, manifest = _read(path or only_folder(Path("checkpoints")))
+    plan = plan_export(manifest, ExportOptions(SAFETENSORS_NAMES[dtype], average, max_bytes))
     if output.exists() and not output.is_dir():
-        raise UsageError.mismatch("--output", "a folder", f"{output}, a file", f"{MODEL_FILE} is written into it")
-    target = output / MODEL_FILE
-    if target.exists() and (not force or target.is_dir()):
-        raise UsageError.mismatch("--output", "no file of that name", str(target), "give another folder, or --force")
-    _, count = export_model(checkpoint, output, manifest)
-    size = in_bytes(target.stat().st_size)
-    typer.echo(f"wrote {printable(str(target))}: {count} tensors, {size}, of {printable(str(checkpoint))}")
+        fix = f"{plan.files[-1]} is written into it"
+        raise UsageError.mismatch("--output", "a folder", f"{output}, a file", fix)
+    for there in in_the_way(output, plan):
+        if not force or there.is_dir():
+            raise UsageError.mismatch("--output", "no file of that name", str(there), "give another folder, or --force")
+    export_model(checkpoint, output, manifest, plan)
+    written = output if len(plan.shards) > 1 else output / plan.files[-1]
+    count = f"{len(plan.tensors)} tensors" + (f" in {len(plan.shards)} files" if len(plan.shards) > 1 else "")
+    typer.echo(printable(f"wrote {written}: {count}, {in_bytes(plan.size)}, of {checkpoint}"))
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="Safetensors, a file of torch.save, or a folder of DeepSpeed's ZeRO."),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="Where step-N is made.")],
+    step: Annotated[
+        int | None, typer.Option("--step", min=0, metavar="N", help="Its step; else what SOURCE says, else 0.")
+    ] = None,
+) -> None:
+    """Make a checkpoint of another program's: the model, and Adam's moments of DeepSpeed's. No code of it is run."""
+    from dstrain.launcher.checkpoint_views import in_bytes, printable
+    from dstrain.runtime.checkpoint.foreign import import_checkpoint
+
+    found = _open(source)
+    step = step if step is not None else found.step or 0
+    target = import_checkpoint(found, output, step)
+    for note in found.notes:
+        typer.echo(printable(note))
+    size = in_bytes(sum(tensor.part.size for tensor in found.tensors))
+    typer.echo(printable(f"made {target}: {len(found.tensors)} tensors, {size}, of {found.path} ({found.what})"))
+
+
+def _open(source: Path) -> Source:
+    """Files of torch are the one thing here that needs torch."""
+    from dstrain.runtime.checkpoint.foreign import Kind, kind_of
+
+    kind = kind_of(source)
+    if kind is Kind.TORCH:
+        from dstrain.runtime.checkpoint.foreign_torch import open_torch
+
+        return open_torch(source)
+    if kind is Kind.DEEPSPEED:
+        from dstrain.runtime.checkpoint.foreign_deepspeed import open_deepspeed
+
+        return open_deepspeed(source)
+    from dstrain.runtime.checkpoint.foreign_safetensors import open_safetensors
+
+    return open_safetensors(source)
 
 
 @app.command("prune")

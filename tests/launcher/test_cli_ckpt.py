@@ -185,6 +185,7 @@ def test_json_of_all(saved: Path) -> None:
         "ranks": 1,
         "run_id": "20261121-101748-be9fcf-first",
         "damages": [],
+        "elsewhere": {},
         "whole": True,
     }
 
@@ -580,10 +581,11 @@ def test_an_export_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     assert prod(entries[0].shape) == size
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from dstrain.runtime.checkpoint.export import export_model\n"
+        "from dstrain.runtime.checkpoint.export import ExportOptions, export_model, plan_export\n"
         "from dstrain.runtime.checkpoint.manifest import Manifest\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak(); at = Path('large/step-1'); export_model(at, Path('out'), Manifest.read(at))\n"
+        "at = Path('large/step-1'); manifest = Manifest.read(at); before = peak()\n"
+        "export_model(at, Path('out'), manifest, plan_export(manifest, ExportOptions()))\n"
         "print(peak() - before)"
     )
     grown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -28,13 +28,14 @@ WAITING = re.compile(r"torch/(distributed|nn/parallel|autograd/graph)|deepspeed/
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt, or the run, ended. ranks: exit status by rank."""
+    """How an attempt, or the run, ended. ranks: exit status by rank. not_started: host -> why a rank did not run."""
 
     cause: Cause
     attempt: int = 0
     may_restart: bool = False
     ranks: dict[int, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    not_started: dict[str, str] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -97,7 +98,7 @@ class Attempt:
         self._failed_at = self._failed_at or time.monotonic()
 
     def _take_paused(self, node: Node, seconds: dict[int, float]) -> None:
-        mine = {spec.rank for spec in self.plan.nodes[node.session.index].processes}
+        mine = {spec.rank for part in self.plan.nodes if part.host == node.report.host.name for spec in part.processes}
         for rank, value in seconds.items():
             if value >= PAUSED_NOTE_S > self._paused.get(rank, 0.0):
                 self._remember(f"rank {rank} on {node.report.host.name} is stopped (SIGSTOP): the others wait for it")
@@ -149,13 +150,15 @@ class Attempt:
         cause, may_restart = self._cause()
         if cause is None:
             return None
-        return Outcome(cause, self.number, may_restart, dict(sorted(self.statuses.items())), self.notes)
+        not_started = {failure.host: failure.start_error for failure in self.failures if failure.start_error}
+        ranks = dict(sorted(self.statuses.items()))
+        return Outcome(cause, self.number, may_restart, ranks, self.notes, not_started)
 
     def _cause(self) -> tuple[Cause | None, bool]:
         own = any(failure.weight is Weight.OWN for failure in self.failures)
         lost = lost_host(self._nodes)
         if lost is not None and not own:
-            return lost, False
+            return lost, True
         if self.failures:
             return root_cause(self.failures, self.left), True
         if self._stalled is not None:

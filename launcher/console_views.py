@@ -18,11 +18,12 @@ def _console() -> Any:
 
 
 def start_line(message: Mapping[str, Any]) -> str:
-    """`dstrain: 4 ranks on gpu[1-2] (attempt 1)`."""
+    """`dstrain: 4 ranks on gpu[1-2], attempt 2; spare: gpu3`."""
     hosts = fold_hosts(message["hosts"])
     count = message["world_size"]
     again = f", attempt {message['attempt'] + 1}" if message["attempt"] else ""
-    return f"dstrain: {count} {'rank' if count == 1 else 'ranks'} on {hosts}{again}"
+    spare = f"; spare: {fold_hosts(message['spares'])}" if message["spares"] else ""
+    return f"dstrain: {count} {'rank' if count == 1 else 'ranks'} on {hosts}{again}{spare}"
 
 
 def show_problems(problems: Sequence[Mapping[str, Any]]) -> None:
@@ -92,6 +93,8 @@ def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
         ranks = fold_numbers(spec["rank"] for spec in node["processes"]) or "none"
         gpus = f", GPUs {','.join(map(str, node['gpus']))}" if node["gpus"] is not None else ""
         _say(f"host        {node['host']} ({node['transport']}): ranks {ranks}{gpus}")
+    for name in plan["spares"]:
+        _say(f"spare       {name}")
 
 
 def _say(text: str) -> None:

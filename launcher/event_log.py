@@ -23,13 +23,14 @@ class EventLog:
         """Half a line of a rank that was killed has no rest to come."""
         self._rest.clear()
 
-    def append(self, rank: int, data: bytes) -> None:
-        """Bytes of a rank's event descriptor, as they are."""
+    def append(self, rank: int, data: bytes) -> bytes:
+        """Bytes of a rank's event descriptor, as they are. Returns the lines that are now whole."""
         whole, newline, rest = (self._rest.pop(rank, b"") + data).rpartition(b"\n")
         if rest:
             self._rest[rank] = rest
         if newline:
             self._write(whole + newline)
+        return whole + newline
 
     def write(self, attempt: int, kind: str, **fields: Any) -> None:
         """An event of the launcher's own; its rank is null."""

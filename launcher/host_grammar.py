@@ -8,6 +8,7 @@ raises `Problem`: what was expected, what was found, and the fix; the caller kno
     slots   1 to 4096          port   1 to 65535          gpus   numbers 0 to 4095, comma-separated, each once
     user    letters, digits, `.`, `_`, `-`, at most 64    transport   local or ssh
     python, key    an absolute path, or one from ~/, of letters, digits and `. _ + @ , = - /`; no spaces
+    spare   true or false; the word alone is true
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Host:
     addr: the name or address to dial instead of `name`.
     gpus: the GPU numbers to use, in the order of the local ranks; None means all.
     transport: `local` starts processes directly, `ssh` through SSH.
+    spare: waits, connected, until another host is lost; see --max-restarts.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Host:
     key: str | None = None
     gpus: tuple[int, ...] | None = None
     transport: Transport = "ssh"
+    spare: bool = False
 
     @property
     def address(self) -> str:
@@ -240,6 +243,12 @@ def _parse_transport(text: str) -> Transport:
     raise Problem("local or ssh", quoted(text), "write transport=local or transport=ssh")
 
 
+def _parse_spare(text: str) -> bool:
+    if text in ("true", "false"):
+        return text == "true"
+    raise Problem("true or false", quoted(text), "write spare alone, or leave it out")
+
+
 _READERS: dict[str, Callable[[str], object]] = {
     "slots": _parse_slots,
     "user": _parse_user,
@@ -249,13 +258,17 @@ _READERS: dict[str, Callable[[str], object]] = {
     "key": _parse_path,
     "gpus": _parse_gpus,
     "transport": _parse_transport,
+    "spare": _parse_spare,
 }
 KEYS = tuple(_READERS)
+FLAGS = ("spare",)  # a word alone means true
 
 
 def split_option(text: str) -> tuple[str, str]:
-    """`key=value` as (key, value). Raises Problem for an unknown key, with the nearest known one."""
+    """`key=value`, or a flag alone, as (key, value). Raises Problem for an unknown key, with the nearest known one."""
     key, equals, value = text.partition("=")
+    if not equals and key in FLAGS:
+        return key, "true"
     if not equals:
         _refuse_bare_word(text)
     if key not in _READERS:

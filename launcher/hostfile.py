@@ -1,6 +1,6 @@
 """Hostfiles: read strictly, kept without loss.
 
-    host [slots=N] [user=U] [port=P] [addr=A] [python=PATH] [key=PATH] [gpus=0,2,3] [transport=local|ssh]
+    host [slots=N] [user=U] [port=P] [addr=A] [python=PATH] [key=PATH] [gpus=0,2,3] [transport=local|ssh] [spare]
 
 A `#` at a word's start begins a comment. A `Hostfile` is its lines exactly as they were (comments, spacing,
 newlines), each entry line together with what it means, so `parse_hostfile(text, source).render() == text`.

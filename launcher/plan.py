@@ -41,7 +41,7 @@ class Request:
     """Everything that a run is asked to be, from the command line and the job file, before any host was seen."""
 
     target: Target
-    hosts: tuple[Host, ...]
+    hosts: tuple[Host, ...]  # of the first attempt
     cwd: str
     nproc_per_node: int | Literal["auto"] | None = None
     environment: dict[str, str] = field(default_factory=dict)  # --env, --env-file, run.env
@@ -53,11 +53,13 @@ class Request:
     master_port: int = 0
     interface: str | None = None
     max_restarts: int = 0
+    min_nodes: int | None = None  # None: all of `hosts`
     grace_s: float = 10.0
     preload: bool = True
     requirements: tuple[str, ...] = ()
     job: str | None = None
     excluded_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by host, where slots are not known yet
+    spares: tuple[Host, ...] = ()  # for later attempts
 
     def to_json(self) -> dict[str, Any]:
         """As `job.json` has it: every secret masked."""
@@ -108,6 +110,8 @@ class LaunchPlan:
     master_address: str  # what is known before the hosts have dialled each other
     max_restarts: int
     grace_s: float
+    spares: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()  # of the job, so that it fits fewer ranks
 
     def host_of(self, rank: int) -> NodePlan:
         return next(node for node in self.nodes if any(spec.rank == rank for spec in node.processes))
@@ -117,7 +121,7 @@ class LaunchPlan:
         return asdict(self)
 
 
-def make_plan(request: Request, run_id: str, slots: Sequence[int]) -> LaunchPlan:
+def make_plan(request: Request, run_id: str, slots: Sequence[int], changes: tuple[str, ...] = ()) -> LaunchPlan:
     """Number the ranks. slots: ranks per host, in the order of request.hosts. Raises UsageError for an empty world."""
     world_size = sum(slots)
     if world_size == 0:
@@ -142,6 +146,8 @@ def make_plan(request: Request, run_id: str, slots: Sequence[int]) -> LaunchPlan
         master_address=request.master_address or ("127.0.0.1" if single else f"of {request.hosts[0].name}, dialled"),
         max_restarts=request.max_restarts,
         grace_s=request.grace_s,
+        spares=tuple(host.name for host in request.spares),
+        changes=changes,
     )
 
 

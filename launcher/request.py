@@ -50,6 +50,7 @@ class RunOptions:
     master_port: int = 0
     interface: str | None = None
     max_restarts: int | None = None
+    min_nodes: int | None = None
     grace_s: float | None = None
     preload: bool = True
     config: Path | None = None
@@ -99,13 +100,15 @@ def build_request(options: RunOptions, target: Target) -> tuple[Request, str | N
         master_port=options.master_port,
         interface=options.interface,
         max_restarts=_first(options.max_restarts, run.max_restarts if run else None, 0),
+        min_nodes=options.min_nodes or (run.min_nodes if run else None),
         grace_s=_first(options.grace_s, run.grace_s if run else None, 10.0),
         preload=options.preload,
         requirements=RUNTIME_REQUIREMENTS if job else (),
         job=job.text if job else None,
     )
     hosts, excluded = _hosts(options, run, request)
-    return replace(request, hosts=hosts, excluded_slots=excluded), job.name if job else None
+    used, spares = _without_spares(hosts, request)
+    return replace(request, hosts=used, spares=spares, excluded_slots=excluded), job.name if job else None
 
 
 T = TypeVar("T")
@@ -173,6 +176,18 @@ def _hosts(
     selected = select(hosts, options.include, options.exclude)
     chosen = tuple(_with_slots(one, request) for one in selected)
     return chosen, {one.host.name: one.excluded_slot_ids for one in selected if one.excluded_slot_ids}
+
+
+def _without_spares(hosts: tuple[Host, ...], request: Request) -> tuple[tuple[Host, ...], tuple[Host, ...]]:
+    """The hosts of the first attempt, and the spares; without restarts nobody needs those."""
+    used, spares = (tuple(host for host in hosts if host.spare is spare) for spare in (False, True))
+    if not used:
+        found = f"spares alone, {', '.join(host.written_name for host in spares[:8])}"
+        raise UsageError.mismatch("hosts", "at least one host that is no spare", found, "take spare off one")
+    if request.min_nodes is not None and request.min_nodes > len(used):
+        expected = f"at most the number of hosts, {len(used)}"
+        raise UsageError.mismatch("--min-nodes, run.min_nodes", expected, str(request.min_nodes))
+    return used, spares if request.max_restarts else ()
 
 
 def _with_slots(selected: SelectedHost, request: Request) -> Host:

@@ -2,6 +2,7 @@
 
 runs/<run_id>/      0700; also listed under ${XDG_STATE_HOME:-~/.local/state}/dstrain/runs/
   job.json  plan.json  report.json  events.jsonl       secret values masked
+  plan-attempt-<k>.json                                where attempt k has another plan than the one before
   logs/attempt-<k>/<host>/rank-<r>.out  rank-<r>.err   byte-exact
 """
 

@@ -1,6 +1,6 @@
 """The supervisor: the head's side of a run, a process of its own. It never talks to a terminal.
 
-    connect -> facts -> preflight -> attempt (-> attempt …) -> report
+    connect -> facts -> preflight -> attempt (-> restart -> attempt …) -> report
 
 Each host has a thread (session.py) that posts to one loop; everything that decides happens in this one thread. What
 the phases wait for is written as `loop.wait(condition)`; meanwhile messages come into the nodes' state by `_take`.
@@ -9,14 +9,13 @@ the phases wait for is written as `loop.wait(condition)`; meanwhile messages com
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import socket
 import threading
 import time
 
 from dstrain.launcher import preflight
-from dstrain.launcher.attempt import Attempt, Outcome, lost_host
+from dstrain.launcher.attempt import Attempt, Outcome
 from dstrain.launcher.bundle import build_bundle
 from dstrain.launcher.checkpoint_moves import bring_checkpoints, wanted_of
 from dstrain.launcher.console_link import ConsoleLink
@@ -25,9 +24,13 @@ from dstrain.launcher.event_loop import EventLoop, StopRequested
 from dstrain.launcher.logs import LogFiles
 from dstrain.launcher.node import Node, agent_pythons, prepare_message
 from dstrain.launcher.plan import LaunchPlan, Request, attempt_environment, make_plan
+from dstrain.launcher.restarter import Restarter
+from dstrain.launcher.restarts import LOST, AttemptRecord, History
 from dstrain.launcher.root_cause import Cause
 from dstrain.launcher.run_dir import RunDir
 from dstrain.launcher.session import Connected, Events, Failed, Gone, HostSession
+from dstrain.launcher.store_address import find_address
+from dstrain.launcher.team import Team
 from dstrain.launcher.transport import ConnectOptions
 from dstrain.runtime.spec import frames
 from dstrain.runtime.spec.errors import UnreachableError
@@ -37,9 +40,9 @@ HEARTBEAT_S = 1.0
 SILENCE_S = 8.0  # no byte from a host for this long: it is lost (the promise: noticed within 10 s)
 FACTS_TIMEOUT_S = 90.0  # connecting, sending the package, and a prologue
 PRELOAD_TIMEOUT_S = 300.0  # importing torch from a cold network disk
-DIAL_TIMEOUT_S = 3.0
 MAX_CONNECTING = 64
 CLOSE_TIMEOUT_S = 8.0
+STUCK_GRACE_S = 2.0  # in place of a longer grace, for ranks that wait for a lost host while a restart waits for them
 LEAVE_TIMEOUT_S = 2.0
 
 
@@ -58,15 +61,22 @@ class Supervisor:
         self.console = ConsoleLink(console)
         self.events = EventLog(run, run_id)
         self.logs = LogFiles(run, lambda: self.loop.wake(), lambda text: self.loop.post(-1, text))
-        self.loop = EventLoop(self.console, self.logs.take_grown, self._take, self._check_silence)
+        self.loop = EventLoop(self.console, self.logs.take_grown, self._take, self._look)
         self.nodes = self._make_nodes()
+        self.team = Team(request, self.nodes, self._note)
+        self.history = History(request.max_restarts)
+        self.restarter = Restarter(request, self.team, self.history, self.loop, self._note)
         self.attempt: Attempt | None = None
         self.plan: LaunchPlan | None = None
+        self.plan_file = "plan.json"
+        self.job = request.job
+        self.leaving = False
 
     def _make_nodes(self) -> list[Node]:
         bundle = build_bundle()
         nodes = []
-        for index, host in enumerate(self.request.hosts):
+        spares = () if self.plan_only else self.request.spares
+        for index, host in enumerate((*self.request.hosts, *spares)):
             session = HostSession(index, host, bundle, agent_pythons(self.request, host), self.logs, self.loop.post)
             nodes.append(Node(session, preflight.HostReport(host)))
         return nodes
@@ -95,7 +105,7 @@ class Supervisor:
         slot = threading.Semaphore(MAX_CONNECTING)
         for node in self.nodes:
             node.session.start(self.options, slot)
-        self.loop.wait(lambda: all(self._settled(node) for node in self.nodes))
+        self.loop.wait(lambda: all(self._settled(node) for node in self.team.active))
 
     def _settled(self, node: Node) -> bool:
         """Has the host said what it is like, or will it not? Its time runs from when its turn to connect came."""
@@ -109,11 +119,12 @@ class Supervisor:
 
     def _check(self) -> Outcome | None:
         """Preflight: everything that can be found out before a rank starts. None: all is well."""
-        address = self._find_address()
-        self.loop.wait(lambda: all(node.settled_preload for node in self.nodes), PRELOAD_TIMEOUT_S)
-        problems = preflight.check_all(self.request, [node.report for node in self.nodes], address and address[0])
+        team = self.team.active
+        address = find_address(self.request, team, self.loop)
+        self.loop.wait(lambda: all(node.settled_preload for node in team), PRELOAD_TIMEOUT_S)
+        problems = preflight.check_all(self.request, [node.report for node in team], address and address[0])
         if not problems and address is None:
-            first = self.nodes[0].report
+            first = team[0].report
             fix = "give --master-addr"
             problems = [preflight.Problem(first.host.name, "rendezvous", "no address that all hosts reach", fix)]
         if problems or address is None:
@@ -121,66 +132,50 @@ class Supervisor:
             code = preflight.exit_code(problems)
             rows = "\n".join(f"{p.host}: {p.check}: {p.found}; {p.remedy}" for p in problems)
             return Outcome(Cause(code, "launcher", f"{len(problems)} problems before the start", rows))
-        slots = [node.report.facts.slots for node in self.nodes if node.report.facts]
-        self.plan = make_plan(self.request, self.run_id, slots)
-        try:
-            self.run_dir.write_json("plan.json", self.plan.to_json())
-        except OSError as error:
-            self._note(f"the plan cannot be written: {error.strerror}: {self.run_dir.path}")
+        slots = [node.report.facts.slots for node in team if node.report.facts]
+        self.team.begin(slots)
+        plan = make_plan(self.request, self.run_id, slots)
+        self._adopt(plan, "plan.json")
         self.address = address
         if self.plan_only:
-            self.console.send("plan", plan=self.plan.to_json())
+            self.console.send("plan", plan=plan.to_json())
             return Outcome(Cause(ExitCode.OK, "launcher", "planned"))
         return None
 
-    def _find_address(self) -> tuple[str, int] | None:
-        """Listen on rank 0's host, dial from all others, choose: while the hosts import torch."""
-        first, others = self.nodes[0], self.nodes[1:]
-        if first.report.error is not None:
-            return None
-        token = secrets.token_hex(8)
-        first.report.listening = None
-        first.session.send(frames.Listen(self._candidates(), self.request.master_port, token))
-        self.loop.wait(lambda: bool(first.report.listening or first.report.error or first.gone), SILENCE_S)
-        if first.report.listening is None or not first.report.listening.addresses:
-            return None
-        callers = [node for node in others if node.report.error is None and node.gone is None]
-        for node in callers:
-            node.report.dialled = None
-            node.session.send(frames.Dial(first.report.listening.addresses, token, DIAL_TIMEOUT_S))
-        self.loop.wait(lambda: all(n.report.dialled or n.report.error or n.gone for n in callers), 2 * SILENCE_S)
-        return preflight.choose_address(self.request, [node.report for node in self.nodes])
-
-    def _candidates(self) -> list[str]:
-        """Addresses for the store, best first: what the user says, else what the hosts say."""
-        if self.request.master_address:
-            return [self.request.master_address]
-        if len(self.nodes) == 1:
-            return ["127.0.0.1"]
-        host, facts = self.request.hosts[0], self.nodes[0].report.facts
-        return [*([host.addr] if host.addr else []), *(facts.addresses if facts else [])]
+    def _adopt(self, plan: LaunchPlan, name: str) -> None:
+        """This is the plan from now on; where it is the old one, that one's file says it."""
+        if self.plan == plan:
+            return
+        self.plan, self.plan_file = plan, name
+        try:
+            self.run_dir.write_json(name, plan.to_json())
+        except OSError as error:
+            self._note(f"the plan cannot be written: {error.strerror}: {self.run_dir.path}")
 
     def _attempts(self) -> Outcome:
         """Attempts with a fresh store each, until one succeeds, none is left, or going on is pointless."""
-        for number in range(self.request.max_restarts + 1):
-            if number:
-                address = self._find_address()
-                if address is None:
-                    failed = Cause(ExitCode.RENDEZVOUS, "launcher", "the store's socket cannot be had again")
-                    return Outcome(lost_host(self.nodes) or failed, number)
-                self.address = address
-            outcome = self._run_attempt(number)
-            if outcome.ok or not outcome.may_restart or number == self.request.max_restarts:
+        number = 0
+        why: str | None = None
+        while True:
+            outcome = self._run_attempt(number, why)
+            if outcome.ok or not self.request.max_restarts:
                 return outcome
-            left = self.request.max_restarts - number
-            self._note(f"{outcome.cause.headline}; starting again ({left} of {self.request.max_restarts} left)")
-            self.events.write(number, "restart", cause=outcome.cause.to_json())
-        raise AssertionError("an attempt returns")
+            following = self.restarter.next(outcome, self.run_id)
+            if following is None:
+                self._note(f"not started again: {self.restarter.refusal}")
+                return outcome
+            aside = self.history.take_aside(self.team.aside)
+            self.events.write(number, "restart", cause=outcome.cause.to_json(), set_aside=aside)
+            number, why = number + 1, following.why
+            self.address, self.job = following.address, following.job
+            self._adopt(following.plan, f"plan-attempt-{number}.json")
 
-    def _run_attempt(self, number: int) -> Outcome:
+    def _run_attempt(self, number: int, why: str | None) -> Outcome:
         assert self.plan is not None
-        bring_checkpoints(self.nodes, self.nodes, wanted_of(self.request.job, number), self.loop)
-        self.attempt = attempt = Attempt(number, self.plan, self.nodes, self.logs, self._note)
+        bring_checkpoints(self.nodes, self.team.active, wanted_of(self.request.job, number), self.loop)
+        hosts = [node.host for node in self.plan.nodes]
+        self.history.begin(AttemptRecord(number, hosts, self.plan.world_size, self.plan_file, time.time(), why))
+        self.attempt = attempt = Attempt(number, self.plan, self.team.active, self.logs, self._note)
         self._start_ranks(number)
         self.loop.wait(lambda: attempt.finished() is not None)
         outcome = attempt.finished()
@@ -188,8 +183,10 @@ class Supervisor:
         if not outcome.ok:
             self.loop.wait(attempt.explained, attempt.explanation_s)
             outcome = attempt.finished() or outcome
-            self._end_ranks(self.request.grace_s)
+            is_stuck = outcome.cause.code in (*LOST, ExitCode.HANG) and self.history.left > 0
+            self._end_ranks(min(self.request.grace_s, STUCK_GRACE_S) if is_stuck else self.request.grace_s)
         self.logs.close_attempt(number)
+        self.history.end(None if outcome.ok else outcome.cause, time.time())
         self.attempt = None
         return outcome
 
@@ -197,14 +194,15 @@ class Supervisor:
         assert self.plan is not None
         address, port = self.address
         self._say_start(number)
-        for index, (node, part) in enumerate(zip(self.nodes, self.plan.nodes, strict=True)):
-            known = self.nodes[0].report.listening if index == 0 else node.report.dialled
+        for index, (node, part) in enumerate(zip(self.team.active, self.plan.nodes, strict=True)):
+            known = self.team.active[0].report.listening if index == 0 else node.report.dialled
             interface = self.request.interface or (known.interfaces.get(address, "") if known else "")
             common = attempt_environment(self.run_id, number, self.request.max_restarts, address, port, interface)
             mine = set(self.request.environment) | set(self.request.pass_environment)
             common = {name: value for name, value in common.items() if name not in mine or "IFNAME" not in name}
             node.session.attempt = number
-            node.session.send(frames.Start(number, list(part.processes), common, address, port, index == 0))
+            start = frames.Start(number, list(part.processes), common, address, port, index == 0, self.job)
+            node.session.send(start)
 
     def _say_start(self, number: int) -> None:
         assert self.plan is not None
@@ -215,6 +213,7 @@ class Supervisor:
             attempt=number,
             world_size=self.plan.world_size,
             hosts={node.host: [spec.rank for spec in node.processes] for node in self.plan.nodes},
+            spares=list(self.plan.spares),
         )
 
     def _end_ranks(self, grace_s: float) -> None:
@@ -223,7 +222,7 @@ class Supervisor:
             return
         self.attempt.ending = True
         number = self.attempt.number
-        waiting = [node for node in self.nodes if node.gone is None and node.ended_attempt < number]
+        waiting = [node for node in self.team.active if node.gone is None and node.ended_attempt < number]
         for node in waiting:
             node.session.send(frames.Stop(0.0 if self.loop.stop_times > 1 else grace_s))
 
@@ -245,13 +244,14 @@ class Supervisor:
         attempt = self.attempt
         self._end_ranks(self.request.grace_s)
         if attempt is None:
-            return Outcome(Cause(code, "launcher", words[code]))
+            return Outcome(Cause(code, "launcher", words[code]), max(0, len(self.history.attempts) - 1))
         return Outcome(
             Cause(code, "launcher", words[code]), attempt.number, ranks=attempt.statuses, notes=attempt.notes
         )
 
     def _leave(self) -> None:
         """Close every host's side; whoever is slow is cut off, which ends its job too."""
+        self.leaving = True
         for node in self.nodes:
             node.session.send(frames.Close())
         self.loop.wait(
@@ -275,9 +275,11 @@ class Supervisor:
             "cause": None if outcome.ok else cause.to_json(),
             "started": started,
             "ended": time.time(),
-            "attempts": outcome.attempt + 1,
+            "attempts": self.history.close(None if outcome.ok else cause, self.team.aside, time.time()),
+            "no_restart": self.restarter.refusal,
             "world_size": self.plan.world_size if self.plan else None,
-            "hosts": [host.name for host in self.request.hosts],
+            "hosts": [node.host for node in self.plan.nodes] if self.plan else [h.name for h in self.request.hosts],
+            "set_aside": self.team.aside,
             "target": self.request.target.title,
             "ranks": outcome.ranks,
             "notes": outcome.notes,
@@ -299,7 +301,12 @@ class Supervisor:
                     node.session.send(frames.Heartbeat())
             time.sleep(HEARTBEAT_S)
 
-    def _check_silence(self) -> None:
+    def _look(self) -> None:
+        """Once a second: who is silent, and what of the spares."""
+        if self.plan is not None and not self.leaving:
+            for node in self.team.unsettled:
+                self._settled(node)
+            self.team.look_at_spares()
         for node in self.nodes:
             if node.report.facts is None or node.gone is not None:
                 continue
@@ -338,10 +345,12 @@ class Supervisor:
             case frames.AllEnded(number):
                 node.ended_attempt = number
             case Events(rank, data):
-                self.events.append(rank, data)
+                lines = self.events.append(rank, data)
+                if rank == 0:
+                    self.history.furthest.take(lines)
             case frames.Heartbeat():
                 pass
-            case _ if self.attempt is not None:
+            case _ if self.attempt is not None and node in self.team.active:
                 self._take_of_attempt(node, self.attempt, message)
 
     def _take_of_attempt(self, node: Node, attempt: Attempt, message: object) -> None:
@@ -349,7 +358,7 @@ class Supervisor:
             fields = {"status": message.status, "of": message.rank, "host": node.report.host.name}
             self.events.write(attempt.number, "rank_exit", **fields)
         if attempt.take(node, message):
-            for other in self.nodes:
+            for other in self.team.active:
                 other.session.send(frames.DumpStacks())
 
     def _lose(self, node: Node, why: str, agent_lost: bool) -> None:
@@ -357,7 +366,7 @@ class Supervisor:
         if node.gone is not None:
             return
         node.gone, node.agent_lost = why, agent_lost
-        if self.attempt is not None and not self.attempt.ending:
+        if self.attempt is not None and not self.attempt.ending and node in self.team.active:
             self.events.write(self.attempt.number, "host_lost", host=node.report.host.name, why=why)
         if node.report.facts is None or (self.attempt is None and self.plan is None and node.report.error is None):
             name = node.report.host.name
@@ -367,7 +376,7 @@ class Supervisor:
 
     def _note(self, text: str) -> None:
         self.console.send("note", text=text)
-        self.events.write(self.attempt.number if self.attempt else 0, "note", text=text)
+        self.events.write(max(0, len(self.history.attempts) - 1), "note", text=text)
 
 
 def run_supervised(

@@ -68,6 +68,7 @@ def main(package_root: str, work: str, warden: int, warden_alive: int) -> NoRetu
 class Agent:
     def __init__(self, package_root: str, work: Path, warden: int, warden_alive: int) -> None:
         self.package_root, self.work, self.warden = package_root, work, warden
+        self.job_path = work / "job.json"
         self.outbox = Outbox(1)
         self.ranks = Ranks(self.outbox, warden, self._spared)
         self.files = FileWorker()
@@ -243,11 +244,10 @@ class Agent:
 
     def _do_prepare(self, message: frames.Prepare) -> None:
         self.prepare = message
-        job_path = self.work / "job.json"
         own = {"DSTRAIN_RUN_ID": message.run_id, "DSTRAIN_HOST": message.host}
         if message.job is not None:
-            job_path.write_text(message.job)
-            own["DSTRAIN_JOB"] = str(job_path)
+            self.job_path.write_text(message.job)
+            own["DSTRAIN_JOB"] = str(self.job_path)
         cookies = self.ranks.cookies = [f"{name}={own[name]}".encode() for name in ("DSTRAIN_RUN_ID", "DSTRAIN_HOST")]
         (self.work / "cookies").write_bytes(b"\0".join(cookies))
         error = None
@@ -301,6 +301,7 @@ class Agent:
         self._end_attempt(wait_for_forks=False)
 
     def _do_listen(self, message: frames.Listen) -> None:
+        self._end_store()
         self._close_listeners()
         self.token, errors = message.token, {}
         for address in dict.fromkeys(message.candidates):
@@ -329,6 +330,8 @@ class Agent:
         assert self.facts is not None
         self._end_store()
         self.ranks.forget()
+        if message.job is not None:
+            self.job_path.write_text(message.job)
         if message.serve_store:
             self._serve_store(message)
         self._close_listeners()

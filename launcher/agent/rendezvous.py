@@ -7,20 +7,37 @@ only.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 BACKLOG = 4096
+RELEASE_TIMEOUT_S = 1.0
 _SIOCGIFADDR = 0x8915
 
 
 def open_listener(address: str, port: int) -> socket.socket:
-    """Bind `address` alone (the store is unauthenticated: it must not listen where nobody of ours is)."""
+    """Bind `address` alone (the store is unauthenticated: it must not listen where nobody of ours is).
+
+    A fixed port may still be held for a moment by the store of the attempt before, which has just been killed.
+    """
+    deadline = time.monotonic() + RELEASE_TIMEOUT_S
+    while True:
+        try:
+            return _listen(address, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
+
+
+def _listen(address: str, port: int) -> socket.socket:
     family, _, _, _, sockaddr = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -24,9 +24,9 @@ HostfileOption = Annotated[
     Path | None,
     typer.Option("-H", "--hostfile", metavar="PATH", help="The hostfile. Default: $DSTRAIN_HOSTFILE, else ./hostfile."),
 ]
-_OPTIONS_HELP = "slots=N user=U port=P addr=A python=PATH key=PATH gpus=0,2,3 transport=local|ssh"
+_OPTIONS_HELP = "slots=N user=U port=P addr=A python=PATH key=PATH gpus=0,2,3 transport=local|ssh spare"
 
-COLUMNS = ("name", "slots", "user", "port", "addr", "python", "key", "gpus", "transport")
+COLUMNS = ("name", "slots", "user", "port", "addr", "python", "key", "gpus", "transport", "spare")
 """The columns of `hosts list`, in this order in a pipe; the fields of `Host`."""
 
 
@@ -38,7 +38,7 @@ def list_hosts(
     """Show every host, ranges expanded.
 
     A table on a terminal. In a pipe one line a host, without a heading, with tabs between
-    name, slots, user, port, addr, python, key, gpus and transport; "-" is unset.
+    name, slots, user, port, addr, python, key, gpus, transport and spare; "-" is unset.
     """
     from dstrain.launcher.hostfile import load_hostfile
 
@@ -124,7 +124,7 @@ def _cells(host: Host) -> list[str]:
     gpus = None if host.gpus is None else ",".join(map(str, host.gpus))
     slots = "auto" if host.slots is None else host.slots
     values = (host.written_name, slots, host.user, host.port, host.addr, host.python, host.key, gpus)
-    return [*("-" if value is None else str(value) for value in values), host.transport]
+    return [*("-" if value is None else str(value) for value in values), host.transport, "spare" if host.spare else "-"]
 
 
 def _table(hosts: Sequence[Host]) -> Table:
@@ -144,7 +144,10 @@ def _table(hosts: Sequence[Host]) -> Table:
 
 
 def _summary(hosts: Sequence[Host]) -> str:
-    slots = sum(host.slots or 0 for host in hosts)
-    counted_later = sum(host.slots is None for host in hosts)
-    text = f"{len(hosts)} host{'' if len(hosts) == 1 else 's'}, {slots} slot{'' if slots == 1 else 's'}"
-    return text + (f" and the GPUs of {counted_later} (auto)" if counted_later else "")
+    used = [host for host in hosts if not host.spare]
+    spares = len(hosts) - len(used)
+    slots = sum(host.slots or 0 for host in used)
+    counted_later = sum(host.slots is None for host in used)
+    text = f"{len(used)} host{'' if len(used) == 1 else 's'}, {slots} slot{'' if slots == 1 else 's'}"
+    text += f" and the GPUs of {counted_later} (auto)" if counted_later else ""
+    return text + (f"; {spares} spare" if spares else "")

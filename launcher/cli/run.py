@@ -87,6 +87,9 @@ def run(
     name: Annotated[str | None, typer.Option(help="A word in the run's id.")] = None,
     ranks: Annotated[str | None, typer.Option(help="Show only these ranks' output: '0,4-7'.")] = None,
     max_restarts: Annotated[int | None, typer.Option(min=0, help="Attempts after a failed one.")] = None,
+    min_nodes: Annotated[
+        int | None, typer.Option(min=1, help="Hosts that suffice for a restart; default: all of them.")
+    ] = None,
     resume: Annotated[
         str | None, typer.Option(metavar="auto|STEP|PATH", help="Go on from a checkpoint of the job.")
     ] = None,
@@ -124,6 +127,7 @@ def run(
         master_port=master_port,
         interface=interface,
         max_restarts=max_restarts,
+        min_nodes=min_nodes,
         grace_s=grace,
         preload=not no_preload,
         config=config,

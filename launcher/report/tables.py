@@ -93,7 +93,8 @@ def _ranks(run: Run) -> str:
 
 
 def _attempts(run: Run) -> str:
-    return str(run.report.get("attempts", ""))
+    attempts = run.report.get("attempts")
+    return str(len(attempts)) if isinstance(attempts, list) else ""
 
 
 def _parameters(run: Run) -> str:

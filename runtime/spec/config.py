@@ -65,6 +65,11 @@ class RunConfig(Section):
         default=0,
         description="Attempts after the first; each goes on from the newest checkpoint, if the job saves any.",
     )
+    min_nodes: Count | None = Field(
+        default=None,
+        description="Hosts that suffice for another attempt where some are lost and no spare is left; by default as "
+        "many as there were. batch.global stays.",
+    )
     grace_s: Positive = Field(
         default=10.0, description="Seconds from SIGTERM to SIGKILL; 10 lets a rank write its last lines."
     )

@@ -109,6 +109,7 @@ class Start:
     master_address: str
     master_port: int
     serve_store: bool
+    job: str | None = None  # in place of that of Prepare: fewer ranks ask for other numbers
 
 
 @dataclass(frozen=True)

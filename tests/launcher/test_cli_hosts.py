@@ -37,7 +37,8 @@ def test_a_session():
     assert Path("hostfile").read_text() == ("gpu1 slots=8\ngpu2 slots=4 port=2222\n[fd00::1] user=bob gpus=0,2\n")
     assert run("set", "gpu2", "port=") == "set port= for gpu2 in hostfile\n"
     assert run("list") == (
-        "gpu1\t8\t-\t-\t-\t-\t-\t-\tssh\ngpu2\t4\t-\t-\t-\t-\t-\t-\tssh\n[fd00::1]\t2\tbob\t-\t-\t-\t-\t0,2\tssh\n"
+        "gpu1\t8\t-\t-\t-\t-\t-\t-\tssh\t-\ngpu2\t4\t-\t-\t-\t-\t-\t-\tssh\t-\n"
+        "[fd00::1]\t2\tbob\t-\t-\t-\t-\t0,2\tssh\t-\n"
     )
 
 
@@ -55,6 +56,7 @@ def test_json_has_every_field():
         "key": "~/.ssh/k",
         "gpus": [1, 0],
         "transport": "ssh",
+        "spare": False,
     }
     assert (local["slots"], local["transport"]) == (None, "local")
     assert tuple(box) == cli.COLUMNS
@@ -77,6 +79,17 @@ def test_the_table_shows_what_is_set_and_no_markup():
     ]
     assert cli._summary(hosts) == "3 hosts, 16 slots and the GPUs of 1 (auto)"
     assert cli._summary(hosts[:1]) == "1 host, 8 slots"
+
+
+def test_spares_are_listed_and_their_slots_do_not_count():
+    run("add", "gpu[1-3]", "slots=8")
+    run("add", "gpu4", "slots=8", "spare")
+    run("set", "gpu3", "spare")
+    assert Path("hostfile").read_text() == "gpu[1-2] slots=8\ngpu3 slots=8 spare=true\ngpu4 slots=8 spare\n"
+    assert [line.split("\t")[-1] for line in run("list").splitlines()] == ["-", "-", "spare", "spare"]
+    assert cli._summary(load_hostfile("hostfile").hosts) == "2 hosts, 16 slots; 2 spare"
+    run("set", "gpu[3-4]", "spare=")
+    assert cli._summary(load_hostfile("hostfile").hosts) == "4 hosts, 32 slots"
 
 
 def test_which_file_is_edited(monkeypatch):

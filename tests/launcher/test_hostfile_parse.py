@@ -35,7 +35,7 @@ def error_of(text: str) -> str:
 def test_every_option_is_read():
     line = (
         "box slots=2 user=al.ice_1 port=2222 addr=10.0.0.7 python=/opt/venv-3.11/bin/python "
-        "key=~/.ssh/id_ed25519 gpus=3,1 transport=ssh # half of it"
+        "key=~/.ssh/id_ed25519 gpus=3,1 transport=ssh spare=true # half of it"
     )
     assert hosts_of(line) == (
         Host(
@@ -48,6 +48,7 @@ def test_every_option_is_read():
             key="~/.ssh/id_ed25519",
             gpus=(3, 1),
             transport="ssh",
+            spare=True,
         ),
     )
 
@@ -56,6 +57,11 @@ def test_a_bare_host_counts_its_gpus_and_listed_gpus_are_slots():
     bare, listed = hosts_of("a\nb gpus=0,2,3\n")
     assert (bare.slots, bare.gpus) == (None, None)
     assert (listed.slots, listed.gpus) == (3, (0, 2, 3))
+
+
+def test_a_spare_is_a_word_or_a_key():
+    hosts = hosts_of("a\nb spare slots=2\nc[1-2] spare=true\nd spare=false\nspare\n")
+    assert [host.name for host in hosts if host.spare] == ["b", "c1", "c2"]
 
 
 def test_files_of_deepspeed_and_open_mpi_read_as_they_do_there():
@@ -102,7 +108,7 @@ def test_names_ranges_and_addresses():
     assert by_name["my_box"].address == "my_box"
 
 
-KEYS = "known keys: slots, user, port, addr, python, key, gpus, transport"
+KEYS = "known keys: slots, user, port, addr, python, key, gpus, transport, spare"
 ERRORS = [
     ("a slot=4", "1:3: expected a known key, found 'slot'; did you mean slots=? " + KEYS),
     ("a max_slots=4", "1:3: expected a known key, found 'max_slots'; did you mean slots=? " + KEYS),
@@ -139,6 +145,8 @@ ERRORS = [
         "a user=b transport=local",
         "1:3: expected no login for transport=local, found user=; remove user= or transport=local",
     ),
+    ("a spare=maybe", "1:9: expected true or false, found 'maybe'; write spare alone, or leave it out"),
+    ("a spare spare=true", "1:9: expected spare= once, found 'spare=true'; remove one of the two"),
     ("a transport=rsh", "1:13: expected local or ssh, found 'rsh'"),
     ("a python=python3", "1:10: expected a path, found 'python3'; start with / or ~/; letters, digits and"),
     ("a key=~bob/id", "1:7: expected a path, found '~bob/id'; start with / or ~/"),
@@ -399,7 +407,8 @@ def test_the_samples_read_and_say_how_to_use_them(path):
 
 
 def test_there_is_a_sample_of_each_kind():
-    assert [path.name for path in SAMPLES] == ["behind-a-bastion", "local", "range-of-nodes", "two-gpu-boxes"]
+    names = ["behind-a-bastion", "local", "range-of-nodes", "two-gpu-boxes", "with-a-spare"]
+    assert [path.name for path in SAMPLES] == names
 
 
 def test_only_a_range_imports_clustershell(tmp_path):

@@ -397,7 +397,7 @@ def test_colours_and_bars_as_the_terminal_wants_them(monkeypatch, variables, col
         tty.setraw(slave)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
         screen = TerminalScreen(ConsoleOptions(), slave)
-        screen.message({"kind": "start", "attempt": 0, "world_size": 1, "hosts": {"h1": [0]}})
+        screen.message({"kind": "start", "attempt": 0, "world_size": 1, "hosts": {"h1": [0]}, "spares": []})
         log = {"index": 0, "host": "h1", "rank": 0, "stream": int(Stream.STDOUT)}
         screen.output(log, b"\x1b[31mred\x1b[0m\n\r 50%")
         lab.wait_for(lambda: screen.tick() is None, "the drawing")

@@ -62,7 +62,7 @@ class Recorder:
 
     def report(self, code: int = 0, **more: Any) -> None:
         times = {"started": 1_790_000_000.0, "ended": 1_790_003_723.0}
-        origin = {"origin": "worker", "cause": None, "attempts": 1, "world_size": 2, "hosts": ["a", "b"]}
+        origin = {"origin": "worker", "cause": None, "attempts": [{"number": 0}], "world_size": 2, "hosts": ["a", "b"]}
         self.run.write_json("report.json", {"exit_code": code, "target": "python x.py", **origin, **times, **more})
 
 
@@ -150,7 +150,8 @@ def test_attempts_are_one_history_with_marks(folder: Path) -> None:
     run = Recorder("a", JOB)
     run.train(2, range(1, 31))
     run.train(2, range(21, 41), attempt=1)
-    run.report(attempts=2)
+    run.report(attempts=[{"number": 0}, {"number": 1}])
+    assert fact(run, "Attempts") == "2"
     charts = {chart.title: chart for chart in charts_of([read_run(run.path)])}
     for chart in charts.values():
         assert [(mark["x0"], mark["label"]["text"]) for mark in chart.layout["shapes"]] == [(21, "restart 1")]

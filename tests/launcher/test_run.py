@@ -113,7 +113,7 @@ def test_restart_gets_a_fresh_store(start, script):
         "import os\n"
         "print('attempt', os.environ['TORCHELASTIC_RESTART_COUNT'], os.environ['MASTER_PORT'])\n"
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] != '2' and os.environ['RANK'] == '1':\n"
-        "    raise SystemExit(9)\n"
+        "    raise SystemExit(8 + int(os.environ['TORCHELASTIC_RESTART_COUNT']))  # two alike would end it\n"
     )
     run = start("--max-restarts", "2", script(text))
     assert run.wait() == 0, run.err
@@ -121,7 +121,7 @@ def test_restart_gets_a_fresh_store(start, script):
     assert [line[0] for line in lines] == ["sum 3.0"] * 3
     ports = [line[1].split()[-1] for line in lines]
     assert len(set(ports)) == 3
-    assert run.report["attempts"] == 3
+    assert [one["cause"] and one["cause"]["code"] for one in run.report["attempts"]] == [8, 9, None]
 
 
 @pytest.mark.parametrize(

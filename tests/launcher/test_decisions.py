@@ -54,6 +54,12 @@ def test_an_error_that_only_mentions_a_peer_in_its_traceback_is_its_own():
     assert root_cause([failure(0, 1, 1, PEER), failure(1, 1, 5, text)]).rank == 1
 
 
+def test_ranks_that_differ_are_called_so():
+    cause = root_cause([failure(0, 209, 1, "dstrain: step 14: expected w to be the same on ranks 0, 1\n")])
+    assert cause.code == 209
+    assert cause.headline == "rank 0 on host0 stopped: ranks no longer hold the same parameters (exit code 209)"
+
+
 def test_who_left_early_is_blamed_for_what_the_others_lost():
     cause = root_cause([failure(0, 1, 1, PEER)], [(2, "host2")])
     assert (cause.code, cause.rank, cause.origin) == (208, 2, "launcher")

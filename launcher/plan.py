@@ -54,6 +54,7 @@ class Request:
     interface: str | None = None
     max_restarts: int = 0
     grace_s: float = 10.0
+    hang_s: float | None = None  # None: from the run's own steps; 0: never
     preload: bool = True
     requirements: tuple[str, ...] = ()
     job: str | None = None
@@ -108,6 +109,7 @@ class LaunchPlan:
     master_address: str  # what is known before the hosts have dialled each other
     max_restarts: int
     grace_s: float
+    hang_s: float | None
 
     def host_of(self, rank: int) -> NodePlan:
         return next(node for node in self.nodes if any(spec.rank == rank for spec in node.processes))
@@ -142,6 +144,7 @@ def make_plan(request: Request, run_id: str, slots: Sequence[int]) -> LaunchPlan
         master_address=request.master_address or ("127.0.0.1" if single else f"of {request.hosts[0].name}, dialled"),
         max_restarts=request.max_restarts,
         grace_s=request.grace_s,
+        hang_s=request.hang_s,
     )
 
 

@@ -19,8 +19,9 @@ from dstrain.launcher import preflight
 from dstrain.launcher.attempt import Attempt, Outcome, lost_host
 from dstrain.launcher.bundle import build_bundle
 from dstrain.launcher.console_link import ConsoleLink
-from dstrain.launcher.event_log import EventLog
+from dstrain.launcher.event_log import Event, EventLog
 from dstrain.launcher.event_loop import EventLoop, StopRequested
+from dstrain.launcher.ledger import Ledger
 from dstrain.launcher.logs import LogFiles
 from dstrain.launcher.node import Node, agent_pythons, prepare_message
 from dstrain.launcher.plan import LaunchPlan, Request, attempt_environment, make_plan
@@ -55,9 +56,10 @@ class Supervisor:
         self.request, self.run_dir, self.run_id, self.options = request, run, run_id, options
         self.plan_only = plan_only
         self.console = ConsoleLink(console)
-        self.events = EventLog(run, run_id)
+        self.events = EventLog(run, run_id, self._take_event)
+        self.ledger = Ledger()
         self.logs = LogFiles(run, lambda: self.loop.wake(), lambda text: self.loop.post(-1, text))
-        self.loop = EventLoop(self.console, self.logs.take_grown, self._take, self._check_silence)
+        self.loop = EventLoop(self.console, self.logs.take_grown, self._take, self._look)
         self.nodes = self._make_nodes()
         self.attempt: Attempt | None = None
         self.plan: LaunchPlan | None = None
@@ -78,6 +80,7 @@ class Supervisor:
             signal.signal(number, lambda *_, code=code: self.loop.request_stop(code))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         started = time.time()
+        self.events.write(0, "run_start")
         threading.Thread(target=self._beat_forever, name="heartbeat", daemon=True).start()
         try:
             self._connect()
@@ -184,9 +187,12 @@ class Supervisor:
         outcome = attempt.finished()
         assert outcome is not None
         if not outcome.ok:
+            detected_ts = time.time_ns()
             self.loop.wait(attempt.explained, attempt.explanation_s)
             outcome = attempt.finished() or outcome
+            self._say_failure(number, outcome.cause, detected_ts)
             self._end_ranks(self.request.grace_s)
+            self.events.write(number, "ended")
         self.logs.close_attempt(number)
         self.attempt = None
         return outcome
@@ -207,13 +213,24 @@ class Supervisor:
     def _say_start(self, number: int) -> None:
         assert self.plan is not None
         self.events.begin_attempt()
-        self.events.write(number, "launch", world_size=self.plan.world_size, hosts=[n.host for n in self.plan.nodes])
+        first = next(node for node, part in zip(self.nodes, self.plan.nodes, strict=True) if part.processes)
+        self.events.write(
+            number,
+            "launch",
+            world_size=self.plan.world_size,
+            hosts=[node.host for node in self.plan.nodes],
+            clock_offset_s=first.clock_offset_ns / 1e9,
+        )
         self.console.send(
             "start",
             attempt=number,
             world_size=self.plan.world_size,
             hosts={node.host: [spec.rank for spec in node.processes] for node in self.plan.nodes},
         )
+
+    def _say_failure(self, number: int, cause: Cause, detected_ts: int) -> None:
+        fields = {"code": cause.code, "headline": cause.headline, "host": cause.host, "of": cause.rank}
+        self.events.write(number, "failure", detected_ts=detected_ts, **fields)
 
     def _end_ranks(self, grace_s: float) -> None:
         """SIGTERM, then SIGKILL after the grace; a host that does not answer is cut off when the run is left."""
@@ -266,6 +283,8 @@ class Supervisor:
 
     def _report(self, outcome: Outcome, started: float) -> None:
         cause = outcome.cause
+        self.events.write(outcome.attempt, "run_end", exit_code=cause.code, origin=cause.origin)
+        goodput = self.ledger.goodput
         report = {
             "run_id": self.run_id,
             "exit_code": cause.code,
@@ -279,8 +298,9 @@ class Supervisor:
             "target": self.request.target.title,
             "ranks": outcome.ranks,
             "notes": outcome.notes,
+            "goodput": None if goodput is None else round(goodput, 5),
+            "ledger": None if goodput is None else self.ledger.to_json(),
         }
-        self.events.write(outcome.attempt, "run_end", exit_code=cause.code, origin=cause.origin)
         self.console.grown(self.logs.take_grown())
         try:
             self.run_dir.write_json("report.json", report)
@@ -296,6 +316,11 @@ class Supervisor:
                 if node.report.facts is not None and node.gone is None:
                     node.session.send(frames.Heartbeat())
             time.sleep(HEARTBEAT_S)
+
+    def _look(self) -> None:
+        if self.attempt is not None:
+            self.attempt.look()
+        self._check_silence()
 
     def _check_silence(self) -> None:
         for node in self.nodes:
@@ -346,9 +371,12 @@ class Supervisor:
         if isinstance(message, frames.Exited):
             fields = {"status": message.status, "of": message.rank, "host": node.report.host.name}
             self.events.write(attempt.number, "rank_exit", **fields)
-        if attempt.take(node, message):
-            for other in self.nodes:
-                other.session.send(frames.DumpStacks())
+        attempt.take(node, message)
+
+    def _take_event(self, event: Event) -> None:
+        self.ledger.take(event)
+        if self.attempt is not None and event["rank"] is not None:
+            self.attempt.take_event(event["rank"], event)
 
     def _lose(self, node: Node, why: str, agent_lost: bool) -> None:
         """The connection is over: expected at the end, the cause of the end before it."""

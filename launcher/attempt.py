@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from dstrain.launcher import stacks
+from dstrain.launcher.blame import Standing
+from dstrain.launcher.hang import Finding, HangWatch
+from dstrain.launcher.inquiry import Inquiry
 from dstrain.launcher.logs import LogFiles
 from dstrain.launcher.node import Node
 from dstrain.launcher.plan import LaunchPlan
@@ -58,13 +63,18 @@ class Attempt:
         self._failed_at: float | None = None
         self._paused: dict[int, float] = {}
         self._quiet: dict[int, float] = {}
-        self._asked_at = 0.0
+        self._stall_asked_at = 0.0
         self._stalled: Cause | None = None
+        self._watch = HangWatch(plan.hang_s)
+        self._inquiry = Inquiry(nodes)
+        self._asks_for_stall = False
+        self._hung: Cause | None = None
+        self._finding: Finding | None = None  # what `_hung` is made of, but for a rank that is stopped
 
     # --- what the agents say ---------------------------------------------------------------------------------
 
-    def take(self, node: Node, message: object) -> bool:
-        """Take a message in; True when the agents should say where their ranks stand."""
+    def take(self, node: Node, message: object) -> None:
+        """Take a message in."""
         match message:
             case frames.Exited():
                 self._take_exit(node, message)
@@ -75,10 +85,11 @@ class Attempt:
                 self._take_paused(node, {int(rank): value for rank, value in seconds.items()})
             case frames.Quiet(seconds):
                 self._quiet.update((int(rank), value) for rank, value in seconds.items())
-                return self._should_ask()
-            case frames.Stacks(texts):
-                self._take_stacks({int(rank): text for rank, text in texts.items()})
-        return False
+                if self._should_ask():
+                    self._inquiry.ask()
+                    self._asks_for_stall = True
+            case frames.Stacks():
+                self._take_stacks(node, message)
 
     def _take_exit(self, node: Node, message: frames.Exited) -> None:
         rank, host = message.rank, node.report.host.name
@@ -115,33 +126,104 @@ class Attempt:
 
     def _should_ask(self) -> bool:
         running = self._running()
-        if not self.left or not running or time.monotonic() - self._asked_at < ASK_AGAIN_S:
+        if not self.left or not running or time.monotonic() - self._stall_asked_at < ASK_AGAIN_S:
             return False
         if all(self._quiet.get(rank, 0.0) >= STALLED_S for rank in running):
-            self._asked_at = time.monotonic()
+            self._stall_asked_at = time.monotonic()
             return True
         return False
 
-    def _take_stacks(self, texts: dict[int, str]) -> None:
+    def _take_stacks(self, node: Node, message: frames.Stacks) -> None:
+        self._inquiry.take(node, message)
+        if self._hung is not None:
+            self._keep_stacks(self._standings([message]), self._hung.headline)
+            self._complete_cause(message)
+        elif self._asks_for_stall:
+            self._weigh_stall(message)
+        self._weigh_answers()
+
+    def _weigh_stall(self, message: frames.Stacks) -> None:
         """A rank that stands in a collective waits for who has left; one that cannot say gets more time."""
-        running = self._running()
+        running, texts = self._running(), message.frames
         quiet_s = min((self._quiet.get(rank, 0.0) for rank in running), default=0.0)
-        waiting = {rank: text for rank, text in texts.items() if WAITING.search(text)}
+        waiting = [text for text in texts.values() if WAITING.search(text) or stacks.waits(stacks.main_thread(text))]
         blind = not texts and quiet_s >= STALLED_BLIND_S
-        if not running or not (waiting or blind):
-            return
-        rank, host = self.left[0]
+        if running and (waiting or blind):
+            self._stalled = self._left_early(f"quiet for {quiet_s:.0f} s", next(iter(waiting), ""))
+
+    def _left_early(self, sign: str, detail: str) -> Cause:
+        running, (rank, host) = self._running(), self.left[0]
         stuck = ", ".join(map(str, running[:8])) + (" …" if len(running) > 8 else "")
-        self._stalled = Cause(
+        return Cause(
             ExitCode.LEFT_EARLY,
             "launcher",
-            f"rank {rank} on {host} left early with exit code 0; ranks {stuck} wait for it (quiet for {quiet_s:.0f} s)",
-            next(iter(waiting.values()), ""),
+            f"rank {rank} on {host} left early with exit code 0; ranks {stuck} wait for it ({sign})",
+            detail,
             "every rank must take part in every collective: look for an early return or a shorter data loader",
             host,
             rank,
             len(running),
         )
+
+    # --- steps that do not come ------------------------------------------------------------------------------
+
+    def take_event(self, rank: int, event: Mapping[str, Any]) -> None:
+        """An event of a rank: it lives."""
+        self._watch.progress.take(rank, event, time.monotonic())
+
+    def look(self) -> None:
+        """Once a second: does a rank hang? It is stopped, or steps do not come."""
+        if self.ending or self._hung is not None or self.failures or self._stalled is not None:
+            return
+        running = self._running()
+        for rank, seconds in self._paused.items():
+            if seconds >= PAUSED_LIMIT_S and rank in running:
+                self._hung = self._stopped(rank, seconds)
+                self._inquiry.ask(all_threads=True)
+                return
+        if self._inquiry.is_open:
+            self._weigh_answers()
+        elif self._watch.should_ask(running, time.monotonic()):
+            self._inquiry.ask()
+
+    def _weigh_answers(self) -> None:
+        if not self._inquiry.is_open or not self._inquiry.is_complete():
+            return
+        self._inquiry.is_open = self._asks_for_stall = False
+        if self.ending or self._hung is not None or self.failures or self._stalled is not None:
+            return
+        ranks = self._standings(self._inquiry.answers.values())
+        finding = self._watch.judge(ranks, self._running(), time.monotonic())
+        if finding is None:
+            return
+        if not finding.is_hang:
+            self._keep_stacks(ranks, finding.note())
+            self._remember(finding.note())
+        elif self.left and finding.blame.all_wait:
+            self._stalled = self._left_early(f"no step for {finding.silent_s:.0f} s", ranks[0].text)
+        else:
+            self._finding, self._hung = finding, finding.cause("", self._logs.stacks_of(self.number))
+            self._inquiry.ask(all_threads=True)
+
+    def _standings(self, answers: Collection[frames.Stacks]) -> list[Standing]:
+        running, steps = set(self._running()), self._watch.progress.steps
+        texts = {int(rank): text for answer in answers for rank, text in answer.frames.items()}
+        states = {int(rank): state for answer in answers for rank, state in answer.states.items()}
+        return [
+            Standing(rank, self.plan.host_of(rank).host, states[rank], texts.get(rank, ""), steps.get(rank))
+            for rank in sorted(running & states.keys())
+        ]
+
+    def _keep_stacks(self, ranks: list[Standing], why: str) -> None:
+        for one in ranks:
+            known = "" if one.step is None else f", step {one.step} done"
+            text = f"{why}\nprocess state {one.state}{known}\n{one.text or 'no answer'}\n"
+            self._logs.write_stack(self.number, one.host, one.rank, text)
+
+    def _complete_cause(self, message: frames.Stacks) -> None:
+        """What all threads of the rank that hangs say may be more than its main thread did."""
+        if self._finding is not None and (text := message.frames.get(str(self._finding.blame.behind[0].rank))):
+            self._hung = self._finding.cause(text, self._logs.stacks_of(self.number))
 
     # --- the end ---------------------------------------------------------------------------------------------
 
@@ -155,6 +237,8 @@ class Attempt:
         return Outcome(cause, self.number, may_restart, ranks, self.notes, not_started)
 
     def _cause(self) -> tuple[Cause | None, bool]:
+        if self._hung is not None:
+            return self._hung, True
         own = any(failure.weight is Weight.OWN for failure in self.failures)
         lost = lost_host(self._nodes)
         if lost is not None and not own:
@@ -163,21 +247,20 @@ class Attempt:
             return root_cause(self.failures, self.left), True
         if self._stalled is not None:
             return self._stalled, False
-        for rank, seconds in self._paused.items():
-            if seconds >= PAUSED_LIMIT_S and rank not in self.statuses:
-                return self._hung(rank, seconds), True
         ended = all(node.ended_attempt == self.number for node in self._nodes)
         if ended and not self._running():
             return Cause(ExitCode.OK, "worker", "all ranks ended with 0"), False
         return None, False
 
-    def _hung(self, rank: int, seconds: float) -> Cause:
+    def _stopped(self, rank: int, seconds: float) -> Cause:
         host = self.plan.host_of(rank).host
         headline = f"rank {rank} on {host} hangs: it is stopped (SIGSTOP) since {seconds:.0f} s"
         return Cause(ExitCode.HANG, "launcher", headline, "", "who stopped it? kill -CONT lets it go on", host, rank)
 
     def explained(self) -> bool:
         """Has everything arrived that could change the root cause?"""
+        if self._hung is not None:
+            return self._inquiry.is_complete()
         if self._failed_at is None or not self._running() or any(node.gone for node in self._nodes):
             return True
         passed = time.monotonic() - self._failed_at

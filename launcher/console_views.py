@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dstrain.launcher.console_text import escape, fold_hosts, fold_numbers
+from dstrain.launcher.ledger import summary_line
 from dstrain.launcher.plan import Target
 
 
@@ -55,7 +56,9 @@ def show_result(report: Mapping[str, Any], run_path: str) -> None:
     """The end: one root cause with its traceback, a count of the victims, where the logs are."""
     from rich.text import Text
 
-    console, cause = _console(), report["cause"]
+    console, cause, goodput = _console(), report["cause"], summary_line(report)
+    if goodput:
+        console.print(Text(f"dstrain: {goodput}", "dim"))
     if cause is None:
         took = report["ended"] - report["started"]
         console.print(Text(f"dstrain: done in {took:.1f} s; logs in {run_path}", "green"))
@@ -87,6 +90,7 @@ def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     _say(f"ranks       {plan['world_size']} on {_count(len(plan['nodes']), 'host')}")
     _say(f"rendezvous  {plan['master_address']}")
     _say(f"restarts    {plan['max_restarts']}, grace {plan['grace_s']:g} s")
+    _say(f"hang after  {_hang_words(plan['hang_s'])}")
     for name, value in plan["environment"].items():
         _say(f"environment {name}={value}")
     for node in plan["nodes"]:
@@ -95,6 +99,12 @@ def show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
         _say(f"host        {node['host']} ({node['transport']}): ranks {ranks}{gpus}")
     for name in plan["spares"]:
         _say(f"spare       {name}")
+
+
+def _hang_words(hang_s: float | None) -> str:
+    if hang_s is None:
+        return "a time by the run's own steps"
+    return f"{hang_s:g} s without a step" if hang_s else "no time at all: it is not looked for"
 
 
 def _say(text: str) -> None:

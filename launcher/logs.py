@@ -6,8 +6,10 @@ what waits for a slow or stopped terminal is a few numbers, and nothing is lost.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -104,6 +106,18 @@ class LogFiles:
                 return file.read(size).decode(errors="replace")
         except OSError:
             return ""
+
+    def write_stack(self, attempt: int, host: str, rank: int, text: str) -> None:
+        """Add to the file that says where a rank was; a full disk has its own error."""
+        path = self._run.stacks(attempt, host, rank)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+    def stacks_of(self, attempt: int) -> str:
+        """A pattern of those files, for people."""
+        return str(self._run.path / "logs" / f"attempt-{attempt}" / "*" / "*.stacks")
 
     def close_attempt(self, attempt: int) -> None:
         """Close the files of an attempt that is over."""

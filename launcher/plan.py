@@ -55,6 +55,7 @@ class Request:
     max_restarts: int = 0
     min_nodes: int | None = None  # None: all of `hosts`
     grace_s: float = 10.0
+    hang_s: float | None = None  # None: from the run's own steps; 0: never
     preload: bool = True
     requirements: tuple[str, ...] = ()
     job: str | None = None
@@ -110,6 +111,7 @@ class LaunchPlan:
     master_address: str  # what is known before the hosts have dialled each other
     max_restarts: int
     grace_s: float
+    hang_s: float | None
     spares: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()  # of the job, so that it fits fewer ranks
 
@@ -146,6 +148,7 @@ def make_plan(request: Request, run_id: str, slots: Sequence[int], changes: tupl
         master_address=request.master_address or ("127.0.0.1" if single else f"of {request.hosts[0].name}, dialled"),
         max_restarts=request.max_restarts,
         grace_s=request.grace_s,
+        hang_s=request.hang_s,
         spares=tuple(host.name for host in request.spares),
         changes=changes,
     )

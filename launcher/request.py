@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 import re
 import shutil
@@ -52,6 +53,7 @@ class RunOptions:
     max_restarts: int | None = None
     min_nodes: int | None = None
     grace_s: float | None = None
+    hang_s: float | None = None
     preload: bool = True
     config: Path | None = None
     resume: str | None = None
@@ -102,6 +104,7 @@ def build_request(options: RunOptions, target: Target) -> tuple[Request, str | N
         max_restarts=_first(options.max_restarts, run.max_restarts if run else None, 0),
         min_nodes=options.min_nodes or (run.min_nodes if run else None),
         grace_s=_first(options.grace_s, run.grace_s if run else None, 10.0),
+        hang_s=_hang_s(options.hang_s, run),
         preload=options.preload,
         requirements=RUNTIME_REQUIREMENTS if job else (),
         job=job.text if job else None,
@@ -116,6 +119,14 @@ T = TypeVar("T")
 
 def _first(*values: T | None) -> T:
     return next(value for value in values if value is not None)
+
+
+def _hang_s(option: float | None, run: RunConfig | None) -> float | None:
+    if option is None:
+        return run.hang_s if run else None
+    if not math.isfinite(option):
+        raise UsageError.mismatch("--hang-timeout", "a number of seconds, or 0 for never", str(option))
+    return option
 
 
 def _load(path: Path, overrides: Sequence[str], for_trainer: bool) -> Job:

@@ -4,6 +4,7 @@ runs/<run_id>/      0700; also listed under ${XDG_STATE_HOME:-~/.local/state}/ds
   job.json  plan.json  report.json  events.jsonl       secret values masked
   plan-attempt-<k>.json                                where attempt k has another plan than the one before
   logs/attempt-<k>/<host>/rank-<r>.out  rank-<r>.err   byte-exact
+  logs/attempt-<k>/<host>/rank-<r>.stacks               where it was when steps did not come
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class RunDir:
     def log(self, attempt: int, host: str, rank: int, stream: Stream) -> Path:
         """The file with exactly the bytes that this rank wrote."""
         return self.path / "logs" / f"attempt-{attempt}" / host / f"rank-{rank}.{_SUFFIX[stream]}"
+
+    def stacks(self, attempt: int, host: str, rank: int) -> Path:
+        """Where this rank was whenever it was asked."""
+        return self.path / "logs" / f"attempt-{attempt}" / host / f"rank-{rank}.stacks"
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one of the JSON files: whole or not at all."""

@@ -19,8 +19,9 @@ from dstrain.launcher.attempt import Attempt, Outcome
 from dstrain.launcher.bundle import build_bundle
 from dstrain.launcher.checkpoint_moves import bring_checkpoints, wanted_of
 from dstrain.launcher.console_link import ConsoleLink
-from dstrain.launcher.event_log import EventLog
+from dstrain.launcher.event_log import Event, EventLog
 from dstrain.launcher.event_loop import EventLoop, StopRequested
+from dstrain.launcher.ledger import Ledger
 from dstrain.launcher.logs import LogFiles
 from dstrain.launcher.node import Node, agent_pythons, prepare_message
 from dstrain.launcher.plan import LaunchPlan, Request, attempt_environment, make_plan
@@ -59,7 +60,8 @@ class Supervisor:
         self.request, self.run_dir, self.run_id, self.options = request, run, run_id, options
         self.plan_only = plan_only
         self.console = ConsoleLink(console)
-        self.events = EventLog(run, run_id)
+        self.events = EventLog(run, run_id, self._take_event)
+        self.ledger = Ledger()
         self.logs = LogFiles(run, lambda: self.loop.wake(), lambda text: self.loop.post(-1, text))
         self.loop = EventLoop(self.console, self.logs.take_grown, self._take, self._look)
         self.nodes = self._make_nodes()
@@ -89,6 +91,7 @@ class Supervisor:
             signal.signal(number, lambda *_, code=code: self.loop.request_stop(code))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         started = time.time()
+        self.events.write(0, "run_start")
         threading.Thread(target=self._beat_forever, name="heartbeat", daemon=True).start()
         try:
             self._connect()
@@ -181,10 +184,13 @@ class Supervisor:
         outcome = attempt.finished()
         assert outcome is not None
         if not outcome.ok:
+            detected_ts = time.time_ns()
             self.loop.wait(attempt.explained, attempt.explanation_s)
             outcome = attempt.finished() or outcome
+            self._say_failure(number, outcome.cause, detected_ts)
             is_stuck = outcome.cause.code in (*LOST, ExitCode.HANG) and self.history.left > 0
             self._end_ranks(min(self.request.grace_s, STUCK_GRACE_S) if is_stuck else self.request.grace_s)
+            self.events.write(number, "ended")
         self.logs.close_attempt(number)
         self.history.end(None if outcome.ok else outcome.cause, time.time())
         self.attempt = None
@@ -207,7 +213,14 @@ class Supervisor:
     def _say_start(self, number: int) -> None:
         assert self.plan is not None
         self.events.begin_attempt()
-        self.events.write(number, "launch", world_size=self.plan.world_size, hosts=[n.host for n in self.plan.nodes])
+        first = next(node for node, part in zip(self.nodes, self.plan.nodes, strict=True) if part.processes)
+        self.events.write(
+            number,
+            "launch",
+            world_size=self.plan.world_size,
+            hosts=[node.host for node in self.plan.nodes],
+            clock_offset_s=first.clock_offset_ns / 1e9,
+        )
         self.console.send(
             "start",
             attempt=number,
@@ -215,6 +228,10 @@ class Supervisor:
             hosts={node.host: [spec.rank for spec in node.processes] for node in self.plan.nodes},
             spares=list(self.plan.spares),
         )
+
+    def _say_failure(self, number: int, cause: Cause, detected_ts: int) -> None:
+        fields = {"code": cause.code, "headline": cause.headline, "host": cause.host, "of": cause.rank}
+        self.events.write(number, "failure", detected_ts=detected_ts, **fields)
 
     def _end_ranks(self, grace_s: float) -> None:
         """SIGTERM, then SIGKILL after the grace; a host that does not answer is cut off when the run is left."""
@@ -268,6 +285,8 @@ class Supervisor:
 
     def _report(self, outcome: Outcome, started: float) -> None:
         cause = outcome.cause
+        self.events.write(outcome.attempt, "run_end", exit_code=cause.code, origin=cause.origin)
+        goodput = self.ledger.goodput
         report = {
             "run_id": self.run_id,
             "exit_code": cause.code,
@@ -283,8 +302,9 @@ class Supervisor:
             "target": self.request.target.title,
             "ranks": outcome.ranks,
             "notes": outcome.notes,
+            "goodput": None if goodput is None else round(goodput, 5),
+            "ledger": None if goodput is None else self.ledger.to_json(),
         }
-        self.events.write(outcome.attempt, "run_end", exit_code=cause.code, origin=cause.origin)
         self.console.grown(self.logs.take_grown())
         try:
             self.run_dir.write_json("report.json", report)
@@ -302,11 +322,16 @@ class Supervisor:
             time.sleep(HEARTBEAT_S)
 
     def _look(self) -> None:
-        """Once a second: who is silent, and what of the spares."""
+        """Once a second: what of the spares, does the attempt go on, who is silent."""
         if self.plan is not None and not self.leaving:
             for node in self.team.unsettled:
                 self._settled(node)
             self.team.look_at_spares()
+        if self.attempt is not None:
+            self.attempt.look()
+        self._check_silence()
+
+    def _check_silence(self) -> None:
         for node in self.nodes:
             if node.report.facts is None or node.gone is not None:
                 continue
@@ -357,9 +382,12 @@ class Supervisor:
         if isinstance(message, frames.Exited):
             fields = {"status": message.status, "of": message.rank, "host": node.report.host.name}
             self.events.write(attempt.number, "rank_exit", **fields)
-        if attempt.take(node, message):
-            for other in self.team.active:
-                other.session.send(frames.DumpStacks())
+        attempt.take(node, message)
+
+    def _take_event(self, event: Event) -> None:
+        self.ledger.take(event)
+        if self.attempt is not None and event["rank"] is not None:
+            self.attempt.take_event(event["rank"], event)
 
     def _lose(self, node: Node, why: str, agent_lost: bool) -> None:
         """The connection is over: expected at the end, the cause of the end before it."""

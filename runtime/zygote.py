@@ -34,6 +34,7 @@ from pkgutil import get_importer
 
 from dstrain.runtime import finish
 from dstrain.runtime.spec.frames import (
+    ALL_STACKS_SIGNAL,
     STACK_SIGNAL,
     STORE_RANK,
     Ended,
@@ -198,6 +199,7 @@ def _become_rank(fork: Fork, descriptors: list[int]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
     faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=False, chain=False)
+    faulthandler.register(ALL_STACKS_SIGNAL, file=stacks, all_threads=True, chain=False)
     _reseed()
 
 

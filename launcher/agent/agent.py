@@ -370,7 +370,7 @@ class Agent:
             self.ranks.ask_to_end(message.grace_s)
 
     def _do_dump_stacks(self, message: frames.DumpStacks) -> None:
-        self.ranks.dump_stacks()
+        self.ranks.dump_stacks(message.all_threads)
 
     def _do_files(self, message: Request) -> None:
         assert self.prepare is not None

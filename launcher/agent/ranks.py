@@ -34,7 +34,8 @@ DRAIN_READS = PIPE_BYTES // READ_BYTES + 1  # what a pipe can hold when its rank
 GATHER_S = 0.2  # few lines a second travel in packets of this length: a tenth of a line's cost is in its bytes
 FLOOD_BYTES = 1 << 15  # more than this in such a time: every piece is read at once, lest a full pipe slow its rank
 SIZABLE_PART = 4  # so is a piece of a quarter of its pipe: a user over the kernel's limit gets pipes of 4 or 8 KiB
-STACK_WAIT_S = 0.3
+STACK_WAIT_S = 0.3  # for an answer; then again, while one is still to come
+STACK_TIMEOUT_S = 2.0
 FORK_TIMEOUT_S = 5.0  # less than the head waits for AllEnded; what is forked later still dies at once
 SWEEP_TIMEOUT_S = 5.0
 OOM_TICKS = 3  # a kill by the kernel is one of the last seconds; a neighbour's of yesterday is not ours
@@ -63,6 +64,7 @@ class Ranks:
         self.workers: dict[int, Worker] = {}
         self.phase = Phase.ENDED
         self._end_at = self._stacks_at = math.inf  # when ASKED becomes ENDING, and ENDING ENDED; when stacks are told
+        self._stacks_until = 0.0
         self.read_at = 0.0  # no pipe is read before this moment
         self._period_began, self._bytes_before, self._bytes = 0.0, 0, 0
         self._attempt = -1
@@ -269,18 +271,30 @@ class Ranks:
         if any(seconds >= watch.LOOK_AT_CHILDREN_S for seconds in quiet.values()):
             self._tell(frames.Quiet(quiet))
 
-    def dump_stacks(self) -> None:
-        """Ask all ranks for their stacks; `on_time` tells them."""
+    def dump_stacks(self, all_threads: bool) -> None:
+        """Ask all ranks for their stacks; `on_time` tells them. One that is stopped would answer too late."""
+        number = frames.ALL_STACKS_SIGNAL if all_threads else frames.STACK_SIGNAL
         for worker in self.workers.values():
-            if worker.running and worker.preloaded and worker.pid:
-                watch.clear_stack(worker.stacks)
-                processes.kill(worker.pid, frames.STACK_SIGNAL)
-        self._stacks_at = time.monotonic() + STACK_WAIT_S
+            watch.clear_stack(worker.stacks)
+        for worker in self._askable():
+            if worker.pid:
+                processes.kill(worker.pid, number)
+        now = time.monotonic()
+        self._stacks_at, self._stacks_until = now + STACK_WAIT_S, now + STACK_TIMEOUT_S
 
-    def _tell_stacks(self) -> None:
+    def _askable(self) -> list[Worker]:
+        workers = [worker for worker in self.workers.values() if worker.running and worker.preloaded]
+        return [worker for worker in workers if not watch.state(worker.pid or 0).startswith(("T", "t"))]
+
+    def _tell_stacks(self, now: float) -> None:
+        if now < self._stacks_until and not all(watch.read_stack(worker.stacks) for worker in self._askable()):
+            self._stacks_at = now + STACK_WAIT_S
+            return
+        self._stacks_at = math.inf
         running = {str(rank): worker for rank, worker in self.workers.items() if worker.running}
         texts = {rank: watch.read_stack(worker.stacks) for rank, worker in running.items()}
-        self._tell(frames.Stacks({rank: text for rank, text in texts.items() if text}))
+        states = {rank: watch.state(worker.pid or 0) for rank, worker in running.items()}
+        self._tell(frames.Stacks({rank: text for rank, text in texts.items() if text}, states))
 
     def due_at(self, reading: bool) -> float:
         """When to call `on_time`, or to read again unless that is being done; infinity: nothing is due."""
@@ -290,8 +304,7 @@ class Ranks:
     def on_time(self, now: float) -> bool:
         """Do what is due; True when the attempt's time to end has come."""
         if now >= self._stacks_at:
-            self._stacks_at = math.inf
-            self._tell_stacks()
+            self._tell_stacks(now)
         return now >= self._end_at
 
     def _tell(self, message: frames.Message) -> None:

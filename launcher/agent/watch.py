@@ -81,6 +81,15 @@ def _wait_channel(pid: int) -> bytes:
         return b""
 
 
+def state(pid: int) -> str:
+    """A letter as in /proc, and what a sleeping process sleeps in: `R`, `S futex_wait_queue`; "" when it is gone."""
+    stat = processes.read_stat(pid)
+    if stat is None:
+        return ""
+    channel = _wait_channel(pid).decode(errors="replace") if stat.state in "SD" else ""
+    return f"{stat.state} {channel}" if channel not in ("", "0") else stat.state
+
+
 def clear_stack(memory_file: int) -> None:
     """Empty a rank's stack file; the descriptor's offset is shared with the rank, so it writes from the start."""
     os.ftruncate(memory_file, 0)

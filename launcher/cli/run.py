@@ -94,6 +94,10 @@ def run(
         str | None, typer.Option(metavar="auto|STEP|PATH", help="Go on from a checkpoint of the job.")
     ] = None,
     grace: Annotated[float | None, typer.Option(min=0, help="Seconds from SIGTERM to SIGKILL; default 10.")] = None,
+    hang_timeout: Annotated[
+        float | None,
+        typer.Option(min=0, help="Seconds without a step that are a hang, 0: none is; default: by the run's steps."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, start nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
     no_preload: Annotated[bool, typer.Option("--no-preload", help="A fresh interpreter for each rank.")] = False,
@@ -129,6 +133,7 @@ def run(
         max_restarts=max_restarts,
         min_nodes=min_nodes,
         grace_s=grace,
+        hang_s=hang_timeout,
         preload=not no_preload,
         config=config,
         resume=resume,

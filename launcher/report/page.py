@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from dstrain.launcher.report import tables
 from dstrain.launcher.report.charts import Chart, charts_of, color
 from dstrain.launcher.report.read import Run, read_run
+from dstrain.launcher.report.time_table import times
 from dstrain.runtime.spec.errors import UsageError
 
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -38,7 +39,15 @@ def page(runs: Sequence[Run]) -> str:
     charts = charts_of(runs)
     title = runs[0].id if len(runs) == 1 else f"{len(runs)} runs"
     body = "\n".join(
-        [*_header(runs), *_causes(runs), *_summary(runs), *_silence(runs), *_figures(charts), *_keys(runs)]
+        [
+            *_header(runs),
+            *_causes(runs),
+            *_summary(runs),
+            *_times(runs),
+            *_silence(runs),
+            *_figures(charts),
+            *_keys(runs),
+        ]
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -109,6 +118,13 @@ def _causes(runs: Sequence[Run]) -> Iterator[str]:
 
 def _summary(runs: Sequence[Run]) -> Iterator[str]:
     yield f"<section><h2>Summary</h2>{_table(tables.summary(runs), runs)}</section>"
+
+
+def _times(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        if (table := times(run.ledger)) is not None:
+            whose = "" if len(runs) == 1 else f": {escape(run.id)}"
+            yield f"<section><h2>Where the time went{whose}</h2>{table}</section>"
 
 
 def _silence(runs: Sequence[Run]) -> Iterator[str]:

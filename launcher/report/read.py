@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dstrain.launcher.ledger import Ledger
+
 Numbers = NDArray[np.float64]
 
 SHARED_FIELDS = ("loss", "lr", "grad_norm", "tokens_per_s", "loss_scale", "mfu")
@@ -53,7 +55,7 @@ class Run:
     """All that one run's directory says; what it does not say is empty.
 
     job, report: the JSON files. start, end: the last such events of rank 0. steps: curves by writer and field.
-    seconds: from the first event to the last. problems: what could not be read, a line each.
+    seconds: from the first event to the last. ledger: where they went. problems: what could not be read, a line each.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Run:
     steps: Mapping[Place, Mapping[str, Curve]]
     validations: tuple[Validation, ...]
     seconds: float
+    ledger: Ledger
     problems: tuple[str, ...]
 
     @property
@@ -97,6 +100,7 @@ def read_run(path: Path) -> Run:
         steps={place: columns.curves() for place, columns in events.columns.items()},
         validations=tuple(events.validations),
         seconds=max(0.0, (events.last_ns - events.first_ns) / 1e9) if events.last_ns else 0.0,
+        ledger=events.ledger,
         problems=tuple(problems),
     )
 
@@ -154,6 +158,7 @@ class _Events:
     end: dict[str, Any] = field(default_factory=dict)
     columns: dict[Place, _Columns] = field(default_factory=dict)
     validations: list[Validation] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
     first_ns: int = 0
     last_ns: int = 0
     unreadable: int = 0
@@ -177,6 +182,8 @@ class _Events:
         if type(ts) is int:
             self.first_ns = self.first_ns or ts
             self.last_ns = ts
+        if not rank:  # the launcher, or rank 0
+            self.ledger.take(event)
         if type(attempt) is not int or type(rank) is not int:
             return
         if kind == "step" and type(step) is int and 0 <= step < _LAST_STEP:

@@ -97,6 +97,11 @@ def _attempts(run: Run) -> str:
     return str(len(attempts)) if isinstance(attempts, list) else ""
 
 
+def _goodput(run: Run) -> str:
+    goodput = run.ledger.goodput
+    return "" if goodput is None else f"{goodput:.1%} of the time trained"
+
+
 def _parameters(run: Run) -> str:
     return amount(number(run.start.get("parameters")))
 
@@ -181,6 +186,7 @@ _FACTS: dict[str, Callable[[Run], str]] = {
     "Hosts": _hosts,
     "Ranks": _ranks,
     "Attempts": _attempts,
+    "Goodput": _goodput,
     "Parameters": _parameters,
     "Steps": _steps,
     "Tokens": _tokens,

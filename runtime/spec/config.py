@@ -15,7 +15,15 @@ from pydantic import Field, model_validator
 
 from dstrain.runtime.spec.data_config import BatchConfig, DataConfig
 from dstrain.runtime.spec.model_config import BYTE_VALUES, GPTConfig, ModelConfig
-from dstrain.runtime.spec.section import Contradiction, Contradictions, Count, NonNegativeCount, Positive, Section
+from dstrain.runtime.spec.section import (
+    Contradiction,
+    Contradictions,
+    Count,
+    NonNegative,
+    NonNegativeCount,
+    Positive,
+    Section,
+)
 from dstrain.runtime.spec.training_config import (
     CheckpointConfig,
     LogConfig,
@@ -72,6 +80,11 @@ class RunConfig(Section):
     )
     grace_s: Positive = Field(
         default=10.0, description="Seconds from SIGTERM to SIGKILL; 10 lets a rank write its last lines."
+    )
+    hang_s: NonNegative | None = Field(
+        default=None,
+        description="Seconds without a step that are a hang, which ends the attempt; 0: none is. By default from the "
+        "run's own steps: 10 of their median, at least 60.",
     )
 
 

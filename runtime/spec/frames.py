@@ -131,7 +131,9 @@ class Close:
 
 @dataclass(frozen=True)
 class DumpStacks:
-    """Say where each running rank is, in Python."""
+    """Say where each running rank is, in Python. all_threads: of ranks that are to end; it may crash them."""
+
+    all_threads: bool = False
 
 
 # --- messages: agent -> head ---------------------------------------------------------------------------------
@@ -224,9 +226,13 @@ class Quiet:
 
 @dataclass(frozen=True)
 class Stacks:
-    """The main thread of each running rank, innermost frame first; no entry where it cannot be had."""
+    """Where each running rank is: faulthandler's text, no entry where it cannot be had.
+
+    states: of their processes, as in /proc: a letter, and what a sleeping one sleeps in.
+    """
 
     frames: dict[str, str]
+    states: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -285,6 +291,7 @@ class Ended:
 
 STORE_RANK = -1
 STACK_SIGNAL = signal.SIGRTMIN + 3  # "say where you are"; the real-time signals are nobody's by default
+ALL_STACKS_SIGNAL = signal.SIGRTMIN + 4  # the same of all threads
 
 Message = (
     Prepare

@@ -194,3 +194,41 @@ def test_who_is_spared_is_asked_behind_every_scan():
             assert shell.wait(5) == 0
         finally:
             shell.kill()
+
+
+STANDS = """
+import threading, time
+def aside(): time.sleep(600)
+threading.Thread(target=aside, daemon=True).start()
+def here(): print("ready"); time.sleep(600)
+here()
+"""
+
+
+def test_ranks_say_where_they_are(tmp_path: Path):
+    """The main thread, or all; one that is stopped says nothing, also not what it said before."""
+    (tmp_path / "job.py").write_text(STANDS)
+    agent = DrivenAgent(tmp_path, "script", "job.py", [])
+    try:
+        agent.start(2)
+        pids = agent.wait_for(frames.Started).pids
+        lab.wait_for(lambda: all(agent.printed(rank) == b"ready\n" for rank in range(2)), "the ranks")
+
+        def ask(all_threads: bool) -> frames.Stacks:
+            agent.messages.clear()
+            agent.send(frames.DumpStacks(all_threads))
+            said: frames.Stacks = agent.wait_for(frames.Stacks)
+            return said
+
+        said = ask(all_threads=False)
+        assert all("in here" in said.frames[rank] and "in aside" not in said.frames[rank] for rank in "01")
+        assert all(said.states[rank].startswith("S") for rank in "01")
+        said = ask(all_threads=True)
+        assert all("in here" in said.frames[rank] and "in aside" in said.frames[rank] for rank in "01")
+        os.kill(pids["1"], signal.SIGSTOP)
+        lab.wait_for(lambda: lab.stat(pids["1"])[0] == "T", "the rank to stop")
+        said = ask(all_threads=False)
+        assert sorted(said.frames) == ["0"]
+        assert said.states["1"] == "T"
+    finally:
+        agent.close()

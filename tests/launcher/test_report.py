@@ -162,6 +162,42 @@ def test_attempts_are_one_history_with_marks(folder: Path) -> None:
     assert fact(run, "Best validation loss") == "2.0000 at step 30"
 
 
+def test_where_the_time_went(folder: Path) -> None:
+    run = Recorder("a", JOB)
+    run.log.write(0, "run_start")
+    run.log.write(0, "launch", clock_offset_s=0.0)
+    run.train(2, range(1, 31))
+    run.log.write(0, "failure", headline=HOSTILE)
+    run.log.write(0, "ended")
+    run.log.write(1, "launch", clock_offset_s=0.0)
+    run.train(2, range(21, 41), attempt=1)
+    run.log.write(1, "run_end")
+    read = read_run(run.path)
+    assert (read.ledger.to_json()["steps"], read.ledger.to_json()["repeated_steps"]) == (40, 10)
+    assert re.fullmatch(r"[\d.]+% of the time trained", fact(run, "Goodput"))
+    text = page([read])
+    section = text.partition("<h2>Where the time went</h2>")[2].partition("</section>")[0]
+    assert '<div class="bar"><span style="width:' in section
+    assert "<td>1 to 30</td>" in section
+    assert "<td>21 to 40</td>" in section
+    assert html.escape(HOSTILE) in section
+    assert "<script>document.title" not in text
+    assert "Where the time went" not in page([read_run(Recorder("b").path)])
+
+
+def test_what_a_script_writes_is_kept_and_only_events_are_told(folder: Path) -> None:
+    told: list[Any] = []
+    run = RunDir.create(Path("runs"), "a")
+    log = EventLog(run, "a", told.append)
+    lines = [b'{"kind":"step","rank":7,"step":1}\n', b"no event\n", b"[1]\n", b"[" * 100_000 + b"\n", b'{"kind":"x']
+    log.append(1, lines[0] + lines[1][:3])
+    log.append(1, lines[1][3:] + lines[2] + lines[3] + lines[4])
+    assert told == [{"kind": "step", "rank": 1, "step": 1}]  # whose it is says the pipe
+    log.append(1, b'"}\n')
+    assert told[1:] == [{"kind": "x", "rank": 1}]
+    assert run.events.read_bytes() == b"".join(lines) + b'"}\n'
+
+
 def test_many_ranks_are_a_picture_that_names_the_slowest(folder: Path) -> None:
     run = Recorder("a")
     run.train(16, range(1, 11))

@@ -151,14 +151,14 @@ class Attempt:
         if running and (waiting or blind):
             self._stalled = self._left_early(f"quiet for {quiet_s:.0f} s", next(iter(waiting), ""))
 
-    def _left_early(self, sign: str, detail: str) -> Cause:
+    def _left_early(self, sign: str, text: str) -> Cause:
         running, (rank, host) = self._running(), self.left[0]
         stuck = ", ".join(map(str, running[:8])) + (" …" if len(running) > 8 else "")
         return Cause(
             ExitCode.LEFT_EARLY,
             "launcher",
             f"rank {rank} on {host} left early with exit code 0; ranks {stuck} wait for it ({sign})",
-            detail,
+            stacks.shown(text),
             "every rank must take part in every collective: look for an early return or a shorter data loader",
             host,
             rank,

@@ -72,15 +72,14 @@ class AttemptTimes:
             self.seconds["stall"] += part
             seconds, place = seconds - part, place - 1
 
-    def undo(self, step: int) -> bool:
-        """This step is done again, so it and those behind it were in vain; True when an older one is left."""
+    def undo(self, step: int) -> None:
+        """This step is done again, so it and those behind it were in vain."""
         while self._steps and self._steps[-1] >= step:
             self._steps.pop()
             seconds = self._step_s.pop()
             self.seconds["trained"] -= seconds
             self.seconds["repeated"] += seconds
             self.repeated_steps += 1
-        return bool(self._steps)
 
     def to_json(self) -> dict[str, Any]:
         """A row of the report's table."""
@@ -168,9 +167,8 @@ class Ledger:
             return
         if not current.has_stepped:
             self._spend("startup", at - max(0.0, _number(event.get("step_s"), 0.0)))
-        for attempt in reversed(self.attempts):
-            if attempt.undo(step):
-                break
+        for attempt in self.attempts:
+            attempt.undo(step)
         current.do(step, self._pass(at))
 
     def _validation(self, event: Event, at: float) -> None:

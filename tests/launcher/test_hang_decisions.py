@@ -110,6 +110,7 @@ def test_who_is_outside_of_the_collective() -> None:
 
 def test_who_is_stopped_or_does_not_answer() -> None:
     assert blamed(standing(0), standing(1, LOADING), standing(2, "", "T")) == [2]
+    assert blamed(standing(0), standing(1, LOADING), standing(2, "")) == [2]
     found = blame([standing(0), standing(1, "", "D nfs_wait_bit_killable")])
     assert found.words("hangs") == (
         "rank 1 on h1 hangs: it waits for a disk or a network file system (nfs_wait_bit_killable), rank 0 waits for it"
@@ -193,6 +194,7 @@ def test_the_pace_is_the_median_of_the_ranks_own_clock() -> None:
     progress.take(0, step(2, 50.0), now=100.0)  # it has gone back to a checkpoint: no interval
     progress.take(0, step(10**400, 60.0), now=100.0)  # a script may write anything
     progress.take(0, {"kind": "step", "step": 3, "ts": 10**400}, now=100.0)
+    assert len(progress._intervals) == 5
     assert progress.median_s == 0.5
 
 

@@ -69,6 +69,10 @@ def test_another_attempt_goes_on_from_the_newest_checkpoint(start, job):
     assert resumed["step"] % 20 == 0
     first = [event["step"] for event in events(run, "step") if event["attempt"] == 1]
     assert first[0] == resumed["step"] + 1
+    ledger, last = run.report["ledger"], [event for event in events(run, "step") if event["attempt"] == 0][-1]
+    assert ledger["repeated_steps"] == last["step"] - resumed["step"]
+    assert ledger["checkpoint_stall_s"] > 0
+    assert ledger["attempts"][0]["cause"] == "rank 1 on localhost died of SIGKILL"
 
 
 def test_options_behind_a_job_are_ours(start, job):

@@ -195,6 +195,17 @@ ODD = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2)
 )
 KIND = st.sampled_from(["run_start", "launch", "step", "validation", "checkpoint", "failure", "ended", "run_end", "x"])
+MARK = st.fixed_dictionaries(
+    {
+        "kind": KIND,
+        "ts": st.integers(0, 10**12),
+        "rank": st.sampled_from([None, 0]),
+        "attempt": st.integers(0, 2),
+        "step": st.integers(0, 9),
+        "seconds": st.floats(0, 100),
+        "step_s": st.floats(0, 100),
+    }
+)
 EVENT = st.fixed_dictionaries(
     {"kind": st.one_of(KIND, ODD)},
     optional={
@@ -207,7 +218,7 @@ EVENT = st.fixed_dictionaries(
 )
 
 
-@given(st.lists(EVENT, max_size=30))
+@given(st.lists(st.one_of(MARK, EVENT), max_size=30))
 def test_the_parts_are_the_whole_whatever_is_said(events: list[dict[str, Any]]) -> None:
     ledger = Ledger()
     for event in events:

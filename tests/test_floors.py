@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PLAIN_SPEC = {"errors", "event", "exit_codes", "file_frames", "frames", "linux"}  # for agent and warden: no pydantic
 PLAIN_CHECKPOINT = {  # for `dstrain ckpt`: no torch
-    *("manifest", "parts", "verify", "assembly", "casts", "export", "transformers_layout"),
+    *("manifest", "parts", "verify", "assembly", "casts", "export", "transformers_layout", "commit"),
     *("foreign", "foreign_safetensors"),
 }
 FOREIGN_TORCH = {"foreign_torch", "foreign_deepspeed"}  # for `dstrain ckpt import` alone

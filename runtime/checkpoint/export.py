@@ -26,6 +26,7 @@ from typing import Any
 from dstrain.runtime.checkpoint import transformers_layout as layout
 from dstrain.runtime.checkpoint.assembly import assemble
 from dstrain.runtime.checkpoint.casts import FLOATS, cast
+from dstrain.runtime.checkpoint.commit import sync
 from dstrain.runtime.checkpoint.manifest import ITEM_BYTES, Manifest, TensorEntry
 from dstrain.runtime.checkpoint.parts import Part, Written, write_file
 from dstrain.runtime.checkpoint.verify import chunks, damages, elsewhere
@@ -160,7 +161,7 @@ def export_model(checkpoint: Path, folder: Path, manifest: Manifest, plan: Expor
             _compare(draft / file, folder / file, parts, write_file(draft / file, parts, data))
         for file, text in plan.texts.items():
             (draft / file).write_text(text, encoding="utf-8")
-            _sync(draft / file)
+            sync(draft / file)
         _move(draft, folder, plan)
     except OSError as error:
         target = folder / plan.files[-1]
@@ -204,12 +205,4 @@ def _move(draft: Path, folder: Path, plan: ExportPlan) -> None:
         if path.name not in plan.files:
             path.unlink()
     draft.rmdir()
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync(folder)

@@ -6,7 +6,6 @@ What reads each kind is in foreign_safetensors.py, foreign_torch.py and foreign_
 from __future__ import annotations
 
 import json
-import os
 import platform
 import secrets
 import shutil
@@ -17,6 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from dstrain.runtime.checkpoint import commit
 from dstrain.runtime.checkpoint import transformers_layout as layout
 from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, folder_of
 from dstrain.runtime.checkpoint.parts import Part, entries_of, write_file
@@ -145,7 +145,7 @@ def import_checkpoint(source: Source, root: Path, step: int) -> Path:
         for damage in damages(draft, manifest, deep=True):
             raise CheckpointError(f"{damage}: the disk does not keep what it is given")
         draft.rename(target)
-        _sync(root)
+        commit.sync(root)
     except OSError as error:
         found = f"{error.strerror or error}: {error.filename or target}"
         raise CheckpointError(f"{target}: expected to write the checkpoint, found {found}; make room") from None
@@ -170,15 +170,6 @@ def _write(source: Source, draft: Path, step: int) -> Manifest:
         state=state,
         saved_at=time.time(),
     )
-    (draft / FILE_NAME).write_text(manifest.to_text(), encoding="utf-8")
-    _sync(draft / FILE_NAME)
-    _sync(draft)
+    commit.write_file(draft / FILE_NAME, manifest.to_text().encode())
+    commit.sync(draft)
     return manifest
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -109,6 +109,7 @@ def test_shards_are_filled_in_order() -> None:
     names = [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
     assert in_shards(sizes, 8) == dict(zip(names, (["a", "b"], ["c"], ["d", "e"], ["f"]), strict=True))
     assert in_shards(sizes, 26) == {"model.safetensors": list(sizes)}
+    assert list(in_shards({"large": 9, "a": 1}, 8).values()) == [["large"], ["a"]]
 
 
 def test_an_index_says_where_tensors_are() -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,8 +21,13 @@ from checkpoint_lab import ckpt, error_of, same_bits
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dstrain.runtime.checkpoint.load import load
 from dstrain.runtime.checkpoint.manifest import Manifest
 from dstrain.runtime.checkpoint.torch_files import STAND_INS
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
+from dstrain.runtime.optimizers import make_optimizer
+from dstrain.runtime.spec.training_config import OptimizerConfig, PrecisionConfig
 
 PROGRAM = [sys.executable, "-c", "from dstrain.launcher.cli import main; main()", "ckpt"]
 
@@ -188,6 +193,22 @@ def test_a_state_dict_with_names_that_mean_one_tensor() -> None:
     assert same(imported(Path("made/step-0")), expected)
     assert Manifest.read(Path("made/step-0")).state["model"]["tied"] == {"last.weight": "first.weight"}
     assert "  model     kind -, tied last.weight\n" in ckpt("show", "made")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_training_begins_with_what_was_imported(dtype: Literal["fp32", "bf16"]) -> None:
+    given = Pair()
+    torch.save({"model": given.state_dict()}, "given.pt")
+    ckpt("import", "given.pt", "-o", "made")
+    comm = Communicator(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    config = EngineConfig(precision=PrecisionConfig(dtype=dtype))
+    engine = Engine(Pair(), comm, config, lambda p: make_optimizer(p, OptimizerConfig()), TorchSchedule(None))
+    load(engine, Path("made"), model_only=True)
+    for name, parameter in given.named_parameters():
+        own = dict(engine.module.named_parameters())[name]
+        assert torch.equal(own, parameter.to(own.dtype))
+    for name, trained in engine.trained:
+        assert torch.equal(trained, dict(given.named_parameters())[name]), "fp32, also the master weights"
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])

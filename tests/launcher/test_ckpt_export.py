@@ -254,17 +254,19 @@ def trained(kind: str, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
     assert trainer.main(["job.yaml"]) == 0
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**HF[kind]))
     tensors = {name: tensor for file in FOLDER.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    _describe(model, kind)
+    _check_description(kind)
     return model.eval(), tensors
 
 
-def _describe(model: Any, kind: str) -> None:
-    """As a save does where the model is one of transformers."""
-    config = json.loads(model.config.to_json_string(use_diff=False)) | {"use_cache": False}
-    tied = {} if kind == "llama" else {"lm_head.weight": "model.embed_tokens.weight"}
+def _check_description(kind: str) -> None:
+    """What the save has said of the model; a configuration for generation is added, which it does not know."""
     manifest = Manifest.read(FOLDER)
-    described = {"kind": "hf", "config": config, "tied": tied, "generation_config": {"max_length": 7}}
-    state = {**manifest.state, "model": described}
+    described = manifest.state["model"]
+    embedding = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
+    assert described["kind"] == "hf"
+    assert described["tied"] == ({} if kind == "llama" else {"lm_head.weight": embedding})
+    assert described["config"]["use_cache"] is False
+    state = {**manifest.state, "model": {**described, "generation_config": {"max_length": 7}}}
     (FOLDER / FILE_NAME).write_text(replace(manifest, state=state).to_text())
 
 

@@ -4,7 +4,7 @@
                                                       torch.save, DCP and DCP async (bars: stall 0.5 of DCP async's,
                                                       the whole save 0.8 of DCP's)
     python benchmarks/checkpoint.py resume [ROUNDS]   kill -9 of a worker to the first step behind the resume,
-                                                      4 ranks of the default GPT (bar: 3 s)
+                                                      4 ranks of the example's GPT (bar: 3 s)
 
 `save` runs in one job: each contender in each round, the order turned round each time, what was written before synced
 beforehand. CKPT_DIR=…: where to write, by default a temporary folder. --tiny: next to nothing, to see that all runs.
@@ -28,7 +28,7 @@ RANKS = 2
 BIN = Path(sys.executable).parent
 JOB = """
 name: resume
-model: {gpt: {}}
+model: {gpt: {layers: 3, width: 160, heads: 5, context: 128}}
 data: {format: bytes}
 batch: {global: 16, micro: 4}
 train: {steps: 100000, eval_every: null, sample_bytes: 0}
@@ -118,7 +118,8 @@ def _wait_for(run: Path, job: subprocess.Popen[bytes], wanted) -> dict:  # type:
                 if with_newline and with_newline.get("rank") in (0, None) and wanted(with_newline):
                     return with_newline
         time.sleep(0.05)
-    raise SystemExit(f"the job has ended with {job.returncode}")
+    said = (run.parent / "out").read_text()[-2000:]
+    raise SystemExit(f"the job has ended with {job.returncode}\n{said}")
 
 
 def _pid_of_rank(run_id: str, rank: int) -> int:

@@ -92,16 +92,20 @@ def capture_model(engine: Engine) -> dict[str, Stored]:
 
 def describe_model(engine: Engine) -> dict[str, Any]:
     """What an export needs besides the numbers: a transformers configuration, and which names mean one tensor."""
-    config: Any = getattr(engine.module, "config", None)
-    is_hf = hasattr(config, "to_json_string")
+    config, generation = (_as_json(getattr(engine.module, name, None)) for name in ("config", "generation_config"))
     first: dict[int, str] = {}
     tied = {}
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         known = first.setdefault(id(tensor), name)
         if known != name:
             tied[name] = known
-    kind = "hf" if is_hf else None
-    return {"kind": kind, "config": json.loads(config.to_json_string(use_diff=False)) if is_hf else None, "tied": tied}
+    kind = None if config is None else "hf"
+    return {"kind": kind, "config": config, "generation_config": generation, "tied": tied}
+
+
+def _as_json(config: Any) -> Any:
+    """A transformers configuration; None: it is none."""
+    return json.loads(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else None
 
 
 def capture(engine: Engine) -> Captured:

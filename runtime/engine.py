@@ -40,11 +40,12 @@ from dstrain.runtime.optimizers import set_learning_rate
 from dstrain.runtime.precision import DTYPES, first_non_finite
 from dstrain.runtime.replicas import ReplicaGuard
 from dstrain.runtime.spec.errors import NonFiniteError, UsageError
-from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
+from dstrain.runtime.spec.training_config import CheckpointConfig, ParallelConfig, PrecisionConfig, ZeroConfig
 from dstrain.runtime.zero.divergence import ranks_in_words
 from dstrain.runtime.zero.spread import needs_whole_tensors, spread
 
 if TYPE_CHECKING:
+    from dstrain.runtime.checkpoint.load import Loaded
     from dstrain.runtime.checkpoint.save import Saver
 
 _REMEDY = "a smaller optimizer.lr, a longer schedule.warmup_steps or train.clip may help"
@@ -120,7 +121,8 @@ class Engine:
 
     global_step: steps done. micro_step: micro-batches of the step under way. learning_rate, grad_norm: of the last
     step. stop_requested, save_requested: set by signal handlers; the next step tells all ranks. dataloader: what
-    `initialize` made of training_data. saver: what `step` moves on, while a save is in flight.
+    `initialize` made of training_data. saver: what `step` moves on, while a save is in flight. checkpoints: the job's
+    folder and section. loaded: what `load_checkpoint` has found last, with what was missing.
     """
 
     def __init__(
@@ -139,6 +141,8 @@ class Engine:
         self.learning_rate = self.grad_norm = 0.0
         self.dataloader: Iterable[Any] = ()
         self.saver: Saver | None = None
+        self.checkpoints: tuple[Path, CheckpointConfig] | None = None
+        self.loaded: Loaded | None = None
         self.stop_requested = self.save_requested = False
         trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         whole_tensors = config.zero.stage > 0 and needs_whole_tensors(optimizer, trained)
@@ -280,25 +284,40 @@ class Engine:
         finally:
             self.weights.publish()
 
-    def save_checkpoint(self, dir: str | Path, *, asynchronous: bool = False) -> Path:
+    def save_checkpoint(self, dir: str | Path | None = None, *, asynchronous: bool | None = None) -> Path:
         """Save everything that resuming needs as dir/step-N, between two steps; on all ranks. Returns its path.
 
-        asynchronous: it is written while the training goes on, and counts some steps later; `finish_checkpoint` waits
-        for it. Raises CheckpointError, also for what became of an asynchronous save before.
+        Without dir, in the job's folder, as its section checkpoint says (asynchronous, keep_last, keep_every,
+        replicas). asynchronous: it is written while the training goes on, and counts some steps later;
+        `finish_checkpoint` waits for it. With a dir nothing is deleted, and it is written at once by default. Raises
+        CheckpointError, also for what became of an asynchronous save before; UsageError where the job keeps none.
         """
+        self.check_replicas()
+        saver = self._saver_of(dir, asynchronous)
+        path = saver.begin()
+        if not saver.asynchronous:
+            saver.finish()
+        saver.raise_problems()
+        return path
+
+    def _saver_of(self, dir: str | Path | None, asynchronous: bool | None) -> Saver:
         from dstrain.runtime.checkpoint.save import Saver
 
-        if self.saver is None or (self.saver.root, self.saver.asynchronous) != (Path(dir).absolute(), asynchronous):
+        words: dict[str, Any] = {}
+        if dir is None:
+            if self.checkpoints is None:
+                fix = "give a folder, or let the job have one"
+                raise UsageError.mismatch("engine.save_checkpoint", "a folder or the section checkpoint", "none", fix)
+            dir, config = self.checkpoints
+            words = {"keep_last": config.keep_last, "keep_every": config.keep_every, "replicas": config.replicas}
+            asynchronous = config.asynchronous if asynchronous is None else asynchronous
+        root, is_beside = Path(dir), bool(asynchronous)
+        if self.saver is None or (self.saver.root, self.saver.asynchronous) != (root.absolute(), is_beside):
             self.finish_checkpoint()
             if self.saver is not None:
                 self.saver.close()
-            self.saver = Saver(self, Path(dir), asynchronous=asynchronous)
-        self.check_replicas()
-        path = self.saver.begin()
-        if not asynchronous:
-            self.saver.finish()
-        self.saver.raise_problems()
-        return path
+            self.saver = Saver(self, root, asynchronous=is_beside, **words)
+        return self.saver
 
     def finish_checkpoint(self) -> None:
         """Wait for the save in flight, if there is one; on all ranks. Raises CheckpointError where it has failed."""
@@ -329,7 +348,8 @@ class Engine:
         """
         from dstrain.runtime.checkpoint.load import load
 
-        return load(self, Path(dir), model_only=model_only, exempt=exempt).step
+        self.loaded = load(self, Path(dir), model_only=model_only, exempt=exempt)
+        return self.loaded.step
 
     def piece_of(self, name: str) -> nn.Parameter:
         """What the optimizer of this rank moves of parameter `name`."""

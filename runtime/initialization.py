@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dstrain.runtime.activation_checkpointing import checkpoint_activations
-from dstrain.runtime.checkpoint.resume import resume_job
+from dstrain.runtime.checkpoint.resume import folder_of_job, resume_job
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.data.datasets import Numbered
 from dstrain.runtime.data.epoch_loader import EpochLoader
@@ -80,6 +80,9 @@ def initialize(
         if job.batch is None:
             raise UsageError("config: expected batch.global and batch.micro for training_data, found none")
         engine.dataloader = EpochLoader(training_data, job, comm, lambda: (engine.global_step, engine.micro_step))
+    root = folder_of_job(job)
+    if root is not None and job.checkpoint is not None:
+        engine.checkpoints = root, job.checkpoint
     resume_job(engine, job, fresh_only=False)
     return engine
 

@@ -65,7 +65,9 @@ class Writer:
         try:
             answer: dict[str, Any] = json.loads(self._control.recv_bytes())
         except (EOFError, OSError):
-            status = self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+            status = self._process.poll() or 0
             how = f"signal {-status}" if status < 0 else f"exit code {status}"
             return {"problem": f"the writer process has ended ({how})", "died": True}
         return answer
@@ -108,6 +110,7 @@ class Writer:
 
 def _end(process: subprocess.Popen[bytes], control: Connection, memory_fd: int) -> None:
     process.kill()
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a disk that does not answer
+        process.wait(timeout=5)
     control.close()
     os.close(memory_fd)

@@ -14,12 +14,16 @@ next start sweeps `.tmp-` and puts an `.old-` back whose successor never came.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from dstrain.runtime.checkpoint.manifest import FILE_NAME, folder_of, steps_in
+from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, folder_of, steps_in
+from dstrain.runtime.checkpoint.verify import damages
+from dstrain.runtime.spec.errors import CheckpointError
 
 
 def draft_of(root: Path, step: int, token: str) -> Path:
@@ -36,32 +40,82 @@ def commit(root: Path, step: int, token: str, manifest: str) -> None:
         target.rename(root / f"{target.name}.old-{token}")
     draft.rename(target)
     sync(root)
-    for old in root.glob(f"{target.name}.old-*"):
-        remove(old)
 
 
-def discard(root: Path, step: int, token: str) -> None:
-    """Leave nothing of a draft, and put back what stood aside for it."""
-    remove(draft_of(root, step, token))
+def discard(root: Path, step: int, token: str, committed: bool = False) -> None:
+    """Leave nothing of a draft, nor of what it has become here where another disk has failed; put back what stood
+    aside for it."""
     aside, target = root / f"{folder_of(root, step).name}.old-{token}", folder_of(root, step)
+    remove(draft_of(root, step, token))
+    if committed:
+        remove(target)
     if aside.exists() and not target.exists():
         aside.rename(target)
 
 
 def retire(root: Path, step: int, keep_last: int | None, keep_every: int | None) -> None:
-    """Behind the commit of `step`: those before it that are too many, and those after it, which are of another life:
-    deleted too, or set aside (`step-N.left-ID`) where all are kept."""
-    held = steps_in(root)
-    for later in (other for other in held if other > step):
-        if keep_last is None:
-            folder = folder_of(root, later)
+    """Behind the commit of `step`: what it has replaced, and those before it that are too many, go; those after it are
+    of another life. What is damaged does not count among the last. Raises OSError."""
+    target = folder_of(root, step)
+    for old in root.glob(f"{target.name}.old-*"):
+        _delete(old)
+    leave_later(root, step)
+    if keep_last is None:
+        return
+    held = [other for other in steps_in(root) if other <= step]
+    whole = [other for other in held if other == step or _is_whole(folder_of(root, other))][:keep_last]
+    for old in held if len(whole) == keep_last else []:
+        if old < whole[-1] and (keep_every is None or old % keep_every):
+            _delete(folder_of(root, old))
+
+
+def leave_later(root: Path, step: int) -> list[int]:
+    """Set the checkpoints of steps beyond `step` aside, as `step-N.left-ID`; returns the steps. Raises OSError."""
+    later = [other for other in steps_in(root) if other > step]
+    for other in later:
+        folder = folder_of(root, other)
+        with contextlib.suppress(FileNotFoundError):  # another host that sees the folder was faster
             folder.rename(folder.with_name(f"{folder.name}.left-{secrets.token_hex(4)}"))
-        else:
-            remove(folder_of(root, later))
-    if keep_last is not None:
-        for old in [other for other in held if other <= step][keep_last:]:
-            if keep_every is None or old % keep_every:
-                remove(folder_of(root, old))
+    return later
+
+
+def _is_whole(folder: Path) -> bool:
+    """By its manifest and the sizes of its files."""
+    try:
+        return next(damages(folder, Manifest.read(folder)), None) is None
+    except CheckpointError:
+        return False
+
+
+def _delete(folder: Path) -> None:
+    remove(folder)
+    if folder.exists():
+        raise OSError(None, "it is still there", str(folder))
+
+
+@contextlib.contextmanager
+def in_use(root: Path) -> Iterator[None]:
+    """Around all that is written to `root`: meanwhile no other process on this machine sweeps it. First sweeps it, if
+    nobody else uses it. Where folders cannot be locked (NFS), nobody is kept from it."""
+    fd = os.open(root, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        is_alone = _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_alone:
+            sweep(root)
+        _lock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, how: int) -> bool:
+    try:
+        fcntl.flock(fd, how)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def sweep(root: Path) -> None:

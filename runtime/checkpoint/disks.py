@@ -77,6 +77,14 @@ def firsts_of(places: Sequence[object]) -> list[int]:
     return [places.index(place) for place in places]
 
 
+def is_first_there(folder: Path, comm: Communicator) -> bool:
+    """Whether this rank is the first on its machine that sees this folder; all ranks call it."""
+    place: object = comm.rank
+    with contextlib.suppress(OSError):
+        place = place_of(folder)
+    return firsts_of(comm.all_gather_object(place))[comm.rank] == comm.rank
+
+
 def _boot() -> str:
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

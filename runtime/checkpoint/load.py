@@ -34,13 +34,14 @@ _TURN_BYTES = 8 << 20
 @dataclass(frozen=True)
 class Loaded:
     """What was loaded. passed_over: why newer checkpoints were not. extra: what the script has saved with it. missing:
-    tensors of the model that were not in it."""
+    tensors of the model that were not in it, foreign: those of its model that this one lacks."""
 
     path: Path
     step: int
     passed_over: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
     model_only: bool = False
 
 
@@ -64,7 +65,8 @@ def load(engine: Engine, path: Path, *, model_only: bool = False, exempt: Sequen
     comm = engine.comm
     if engine.saver is not None:
         engine.saver.finish()
-    found = find(path, comm)
+    known = engine.saver.disks.of if engine.saver is not None and _is_below(path, engine.saver.root) else None
+    found = find(path, comm, known)
     manifest = found.manifest
     restoration = Restoration(
         engine,
@@ -79,19 +81,27 @@ def load(engine: Engine, path: Path, *, model_only: bool = False, exempt: Sequen
         restoration.put(entry, piece, data)
     restoration.finish()
     extra = manifest.state.get("extra", {})
-    return Loaded(found.folder, manifest.step, found.passed_over, extra, tuple(restoration.missing), model_only)
+    missing, foreign = tuple(restoration.missing), tuple(restoration.foreign)
+    return Loaded(found.folder, manifest.step, found.passed_over, extra, missing, foreign, model_only)
 
 
-def find(path: Path, comm: Communicator) -> Found:
-    """The checkpoint `path`, or the newest one below it that is whole; on all ranks. Raises CheckpointError."""
+def _is_below(path: Path, root: Path) -> bool:
+    return path.absolute() == root or path.absolute().parent == root
+
+
+def find(path: Path, comm: Communicator, known: Sequence[int] | None = None) -> Found:
+    """The checkpoint `path`, or the newest one below it that is whole; on all ranks. Raises CheckpointError.
+
+    known: the first rank that sees each rank's folder, where that has been found out (`Disks.of`).
+    """
     is_one = (path / FILE_NAME).is_file() or not path.is_dir()
     everyone = comm.all_gather_object((is_one, (path / FILE_NAME).is_file(), [] if is_one else steps_in(path)))
     if all(one for one, _, _ in everyone) or any(has for _, has, _ in everyone):
-        return _examine(path, comm)
+        return _examine(path, comm, known)
     passed_over: list[str] = []
     for step in sorted({step for _, _, steps in everyone for step in steps}, reverse=True):
         try:
-            found = _examine(folder_of(path, step), comm)
+            found = _examine(folder_of(path, step), comm, known)
         except CheckpointError as error:  # on all ranks
             passed_over.append(str(error))
             continue
@@ -114,10 +124,11 @@ class _View:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
-def _examine(folder: Path, comm: Communicator) -> Found:
+def _examine(folder: Path, comm: Communicator, known: Sequence[int] | None = None) -> Found:
     """Find out whether a checkpoint is whole on the disks of all ranks; on all ranks. [Note: sources]"""
     places: list[Place | int] = comm.all_gather_object(_place(folder, comm.rank))
-    firsts = firsts_of(places)
+    is_everywhere = not any(isinstance(place, int) for place in places)
+    firsts = list(known) if known is not None and is_everywhere else firsts_of(places)
     text, view = _look(folder) if firsts[comm.rank] == comm.rank else ("", _View())
     views = comm.all_gather_object(view)
     problem = ""

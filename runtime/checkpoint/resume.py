@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
-from dstrain.runtime.checkpoint.commit import sweep
-from dstrain.runtime.checkpoint.disks import firsts_of, place_of
+from dstrain.runtime.checkpoint.commit import in_use, leave_later
+from dstrain.runtime.checkpoint.disks import is_first_there
 from dstrain.runtime.checkpoint.load import Loaded, load
 from dstrain.runtime.checkpoint.manifest import Manifest, folder_of, steps_in
 from dstrain.runtime.engine import Engine
@@ -49,6 +50,7 @@ def resume_job(engine: Engine, job: JobConfig, *, fresh_only: bool) -> Loaded | 
         path = config.init_from
         return load(engine, path, model_only=True, exempt=config.init_except) if path is not None else None
     loaded = load(engine, here)
+    loaded = replace(loaded, left=_leave_later(engine, root, loaded))
     if job.train.steps is not None and loaded.step > job.train.steps:
         found = f"step {loaded.step} in {loaded.path}"
         raise UsageError.mismatch("train.steps", "more steps than the checkpoint has", found)
@@ -63,13 +65,20 @@ def _resolve(root: Path, word: str | None, steps: list[int]) -> Path | None:
 
 
 def _sweep(engine: Engine, root: Path) -> None:
-    """One rank for each disk; all ranks wait for it."""
-    place: object = engine.rank
-    with contextlib.suppress(OSError):
-        place = place_of(root)
-    if firsts_of(engine.comm.all_gather_object(place))[engine.rank] == engine.rank:
+    """What saves have left unfinished, unless somebody saves there now; all ranks wait for it."""
+    if is_first_there(root, engine.comm):
+        with contextlib.suppress(OSError), in_use(root):
+            pass
+
+
+def _leave_later(engine: Engine, root: Path, loaded: Loaded) -> tuple[int, ...]:
+    """Newer steps than the one that the job goes on from are of another life: a restart must not go on from them.
+    Returns those that were set aside."""
+    left: list[int] = []
+    if is_first_there(root, engine.comm) and loaded.path.parent.absolute() == root.absolute():
         with contextlib.suppress(OSError):
-            sweep(root)
+            left = leave_later(root, loaded.step)
+    return tuple(sorted({step for steps in engine.comm.all_gather_object(left) for step in steps}))
 
 
 def _has_saved(root: Path, steps: list[int], run_id: str) -> bool:

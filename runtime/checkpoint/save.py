@@ -16,7 +16,9 @@ import os
 import platform
 import secrets
 import socket
+import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +33,7 @@ from dstrain.runtime.checkpoint.manifest import Manifest, Piece, folder_of
 from dstrain.runtime.checkpoint.model_file import bytes_of
 from dstrain.runtime.checkpoint.parts import Part, Written, entries_of
 from dstrain.runtime.checkpoint.state import Captured, capture, describe_model
+from dstrain.runtime.checkpoint.verify import contradictions
 from dstrain.runtime.checkpoint.writer import answer, commit_all, write_share
 from dstrain.runtime.engine import Engine
 from dstrain.runtime.spec.errors import CheckpointError
@@ -80,6 +83,7 @@ class _Vote:
     parts: list[Part] = field(default_factory=list)
     written: dict[str, Any] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
 
 
 class Saver:
@@ -112,15 +116,18 @@ class Saver:
             replicas = 1
         self.asynchronous = asynchronous
         self._copies = replicas > 1
+        self._stack = contextlib.ExitStack()
         if self._is_keeper:
-            commit.sweep(self.root)
+            self._stack.enter_context(commit.in_use(self.root))
         self._secret = self._comm.all_gather_object(secrets.token_hex(16))[0]  # behind all sweeps
         self._copy_to: tuple[str, int, str] | None = None
         self._writer: Writer | None = None
-        if asynchronous or self._copies:
-            self._start_writer()
+        if (asynchronous or self._copies) and (problem := self._start_writer()):
+            raise CheckpointError(f"checkpoint: expected a process that writes beside the training, found {problem}")
         self._flight: _Flight | None = None
         self._count = 0
+        self._unfinished: list[int] = []
+        weakref.finalize(self, _say_unfinished, self._unfinished, root, self._comm.rank)
         self.finished: list[Saved] = []
 
     # --- a save ------------------------------------------------------------------------------------------------
@@ -134,14 +141,16 @@ class Saver:
         engine, began = self._engine, time.monotonic()
         assert engine.micro_step == 0, "a checkpoint is saved between two steps"
         self.finish()
+        problem = ""
         if self._copies and any(self._comm.all_gather_object(self._writer is None)):
-            self.close()
-            self._start_writer()
+            self._end_writer()
+            problem = self._start_writer()
         engine.share_buffers()
         self._count += 1
         token = f"{self._secret[:8]}-{self._count}"
         self._flight = flight = _Flight(engine.global_step, token, began, extra or {})
-        found = answer(lambda: self._write(flight))
+        self._unfinished[:] = [flight.step]
+        found = {"problem": problem} if problem else answer(lambda: self._write(flight))
         if found.get("problem") or self._writer is None:
             flight.result = found
         flight.stall_s = time.monotonic() - began
@@ -191,23 +200,28 @@ class Saver:
 
     def reserve(self) -> None:
         """Behind the first step: have the memory of the copies there before it is needed."""
-        if self._writer is not None and self._flight is None:
+        writer = self._writer
+        if writer is None or self._flight is not None:
+            return
+
+        def foresee() -> None:
             held = capture(self._engine).held
-            with contextlib.suppress(OSError):  # the save will say so
-                self._writer.foresee(sum(-(-one.tensor.nbytes // ALIGNMENT) * ALIGNMENT for one in held))
+            writer.foresee(sum(-(-one.tensor.nbytes // ALIGNMENT) * ALIGNMENT for one in held))
+
+        answer(foresee)  # what is wrong the save will say
 
     def close(self) -> None:
         """End the writer; what it has not finished is lost."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._end_writer()
+        self._unfinished.clear()
+        self._stack.close()
 
     # --- its phases --------------------------------------------------------------------------------------------
 
     def _write(self, flight: _Flight) -> dict[str, Any] | None:
         """Write this rank's share, or have it written."""
         if self._writer is None and self.asynchronous and not self._copies:
-            self._start_writer()
+            self._writer = Writer()
         flight.captured = captured = capture(self._engine)
         flight.parts, tensors = [one.part for one in captured.held], [one.tensor for one in captured.held]
         captured.held = []  # they change from now on
@@ -230,7 +244,7 @@ class Saver:
         captured, flight.captured = flight.captured, None
         vote = _Vote(result.get("problem", ""))
         if captured is not None and not vote.problem:
-            vote = _Vote("", flight.parts, result["result"], captured.scalars)
+            vote = _Vote("", flight.parts, result["result"], captured.scalars, captured.order)
         votes = self._comm.gather_object(vote)
         text, problem = "", ""
         if votes is not None:
@@ -253,7 +267,7 @@ class Saver:
         problem = next((self._at(rank, said) for rank, said in enumerate(problems) if said), "")
         if flight.phase == "commit":
             if problem:
-                self._fail(flight, problem)
+                self._fail(flight, problem, committed=not result.get("problem"))
                 return
             flight.seconds = time.monotonic() - flight.began
             flight.phase = "retire"
@@ -264,6 +278,7 @@ class Saver:
             self.notes.append(f"older checkpoints could not be deleted: {problem}")
         path = folder_of(self._said_root, flight.step)
         self._flight = None
+        self._unfinished.clear()
         self.finished.append(Saved(flight.step, path, "", flight.seconds, flight.stall_s, flight.size))
 
     def _keep(self, flight: _Flight, what: str, work: Callable[[], None], **request: Any) -> None:
@@ -281,11 +296,12 @@ class Saver:
             request["token"] = flight.token
         self._writer.ask(what, root=self.root, step=flight.step, **request)
 
-    def _fail(self, flight: _Flight, problem: str) -> None:
-        """On all ranks: nothing of the save stays."""
+    def _fail(self, flight: _Flight, problem: str, committed: bool = False) -> None:
+        """On all ranks: nothing of the save stays. committed: on this disk it had become a checkpoint."""
         if self._is_keeper:
-            answer(lambda: commit.discard(self.root, flight.step, flight.token))
+            answer(lambda: commit.discard(self.root, flight.step, flight.token, committed))
         self._flight = None
+        self._unfinished.clear()
         target = folder_of(self._said_root, flight.step)
         words = f"{target}: expected to save step {flight.step}, found {problem}; {_FIX}"
         self.finished.append(Saved(flight.step, target, words, time.monotonic() - flight.began, flight.stall_s))
@@ -302,7 +318,7 @@ class Saver:
         values = {**captured.values, "extra": flight.extra, "model": describe_model(self._engine)}
         values["optimizer"]["scalars"] = {name: scalars[name] for name in captured.trained if name in scalars}
         flight.size = sum(written.size for _, written in files)
-        return Manifest(
+        manifest = Manifest(
             step=flight.step,
             layout={
                 "world_size": self._comm.world_size,
@@ -317,6 +333,17 @@ class Saver:
             saved_at=time.time(),
             state=values,
         )
+        self._check_coverage(manifest, votes)
+        return manifest
+
+    def _check_coverage(self, manifest: Manifest, votes: list[_Vote]) -> None:
+        """The ranks have cut what they share alike only if they hold the same: else there is a gap."""
+        stored = {entry.name for entry in manifest.tensors}
+        lost = next((name for vote in votes for name in vote.order if name not in stored), None)
+        wrong = next((said for entry in manifest.tensors for said in contradictions(self.root, manifest, entry)), None)
+        if lost is not None or wrong is not None:
+            said = wrong or f"nothing of {lost}"
+            raise CheckpointError(f"{said}: ranks that share a state hold different tensors")
 
     def _at(self, rank: int, problem: str) -> str:
         where = f"rank {rank} on {self.disks.hosts[rank]}: " if self._comm.world_size > 1 and rank else ""
@@ -329,19 +356,30 @@ class Saver:
         assert self._writer is not None
         return self._writer
 
-    def _start_writer(self) -> None:
-        """The writer of this rank; where copies are kept, on all ranks at once."""
-        self._writer = Writer()
-        if not self._copies:
-            return
-        address = _own_address()
-        self._writer.ask("listen", root=self.root, address=address, secret=self._secret)
-        found = self._writer.take()
-        everyone = self._comm.all_gather_object((address, found.get("result"), found.get("problem", "")))
-        host, port, problem = everyone[self.disks.next_of(self._comm.rank)]
-        if problem or port is None:
-            raise CheckpointError(f"checkpoint.replicas: expected a port to take copies at, found {problem}")
-        self._copy_to = host, port, self._secret
+    def _start_writer(self) -> str:
+        """The writers of all ranks; all call it. Returns what went wrong on any."""
+
+        def start() -> tuple[str, int]:
+            self._writer = Writer()
+            if not self._copies:
+                return "", 0
+            address = _own_address()
+            self._writer.ask("listen", root=self.root, address=address, secret=self._secret)
+            found = self._writer.take()
+            if "problem" in found:
+                raise CheckpointError(found["problem"])
+            return address, found["result"]
+
+        everyone = self._comm.all_gather_object(answer(start))
+        problem = next((self._at(rank, one["problem"]) for rank, one in enumerate(everyone) if "problem" in one), "")
+        if not problem and self._copies:
+            self._copy_to = (*everyone[self.disks.next_of(self._comm.rank)]["result"], self._secret)
+        return problem
+
+    def _end_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 def save(
@@ -372,8 +410,17 @@ def _written(vote: _Vote) -> Written:
 
 
 def _own_address() -> str:
-    """By which other hosts reach this one: as the job's store does."""
-    where = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "1"))
-    with socket.socket(socket.AF_INET6 if ":" in where[0] else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    """By which other hosts reach this one: as they reach the job's store. Raises OSError."""
+    name, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "1"))
+    family, _, _, _, where = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(where)
         return str(probe.getsockname()[0])
+
+
+def _say_unfinished(steps: list[int], root: Path, rank: int) -> None:
+    """At the end of a process that has not waited for its save."""
+    if steps and rank == 0:
+        target = folder_of(root, steps[0])
+        fix = "a script calls engine.finish_checkpoint() at its end"
+        print(f"dstrain: {target}: expected to be finished, found the end of the process; {fix}", file=sys.stderr)

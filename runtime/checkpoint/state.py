@@ -72,6 +72,11 @@ def model_tensors(engine: Engine) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            fix = "let get_extra_state return a tensor, or keep it elsewhere"
+            raise CheckpointError(
+                f"model.{name}: expected a tensor in the state_dict, found {type(tensor).__name__}; {fix}"
+            )
         if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[f"model.{name}"] = tensor.detach()
@@ -146,7 +151,7 @@ def capture(engine: Engine) -> Captured:
         *own.held,
     ]
     groups = [
-        {key: value for key, value in group.items() if key not in ("params", "names")}
+        {key: _plain(value) for key, value in group.items() if key not in ("params", "names")}
         for group in engine.optimizer.param_groups
     ]
     found.values = {
@@ -154,6 +159,11 @@ def capture(engine: Engine) -> Captured:
         "engine": engine.state_dict(),
     }
     return found
+
+
+def _plain(value: Any) -> Any:
+    """A learning rate may be a tensor of one number."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 class _Row:
@@ -220,7 +230,7 @@ class Restoration:
     """Puts a saved state back into an engine, in place, piece by piece.
 
     wants: [start, stop), flattened, of each tensor that this rank needs. missing: tensors of the model that keep what
-    they have.
+    they have. foreign: of the checkpoint's model, those that this one lacks.
     """
 
     def __init__(
@@ -244,8 +254,9 @@ class Restoration:
         self._rng: dict[str, Tensor] = {}
         self.wants: dict[str, Interval] = {}
         self.missing: list[str] = []
+        self.foreign: list[str] = []
         if model_only:
-            self.missing = _check_model(self._own, shapes, exempt)
+            self.missing, self.foreign = _check_model(self._own, shapes, exempt)
         else:
             _check_names(engine, self._own, shapes, values)
         self._plan(shapes)
@@ -295,8 +306,8 @@ class Restoration:
             kind, _, name = full_name.partition(".")
             if kind == "model":
                 self._plan_model(full_name, name, shape, shapes)
-            elif kind == "master" and name in self._pieces and self._engine.weights.exist:
-                self._into(full_name, self._pieces[name], self._engine.weights.interval_of(name))
+            elif kind == "master" and name in self._pieces and f"model.{name}" not in self.missing:
+                self._plan_master(full_name, name)
             elif self._model_only:
                 continue
             elif kind == "average":
@@ -308,10 +319,22 @@ class Restoration:
                 self._rng[name.partition(".")[2]] = made = torch.empty(shape, dtype=DTYPES[dtype])
                 self._into(full_name, made, (0, prod(shape)))
 
+    def _plan_master(self, full_name: str, name: str) -> None:
+        """Into the master; where this training has none, into the parameter itself, which it is better than."""
+        weights = self._engine.weights
+        if weights.exist:
+            self._into(full_name, self._pieces[name], weights.interval_of(name))
+        elif self._model_only:
+            shard = weights.shard_of(name)
+            own = self._own[f"model.{name}"] if shard is None else shard
+            self._into(full_name, own, weights.interval_of(name))
+
     def _plan_model(self, full_name: str, name: str, shape: tuple[int, ...], shapes: Shapes) -> None:
         if full_name not in self._own or full_name in self.missing:
             return
         weights = self._engine.weights
+        if self._model_only and not weights.exist and name in self._pieces and f"master.{name}" in shapes:
+            return
         shard = weights.shard_of(name)
         if shard is None:
             self._into(full_name, self._own[full_name], (0, prod(shape)))
@@ -362,8 +385,8 @@ def overlaps(entry: TensorEntry, piece: Piece, interval: Interval) -> bool:
     return max(interval[0], piece.start) < min(interval[1], piece.stop)
 
 
-def _check_model(own: Mapping[str, Tensor], shapes: Shapes, exempt: Sequence[str]) -> list[str]:
-    """Returns what of the model is not in the checkpoint, and may be."""
+def _check_model(own: Mapping[str, Tensor], shapes: Shapes, exempt: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns what of the model the checkpoint lacks, and what it has besides, as far as that may be."""
 
     def may_differ(name: str) -> bool:
         return any(fnmatchcase(name.removeprefix("model."), pattern) for pattern in exempt)
@@ -371,7 +394,8 @@ def _check_model(own: Mapping[str, Tensor], shapes: Shapes, exempt: Sequence[str
     fix = "name what may differ in checkpoint.init_except"
     there = {name: shape for name, (shape, _) in shapes.items() if name.startswith("model.")}
     missing = [name for name in own if name not in there]
-    foreign = [name for name in there if name not in own and not may_differ(name)]
+    besides = [name for name in there if name not in own]
+    foreign = [name for name in besides if not may_differ(name)]
     refused = [name for name in missing if not may_differ(name)]
     if refused or foreign:
         raise CheckpointError(
@@ -384,7 +408,7 @@ def _check_model(own: Mapping[str, Tensor], shapes: Shapes, exempt: Sequence[str
                 found = f"expected {name} of shape {tuple(tensor.shape)}, found {there[name]}"
                 raise CheckpointError(f"checkpoint: {found}; another model? {fix}")
             missing.append(name)
-    return missing
+    return missing, besides
 
 
 def _check_names(engine: Engine, own: Mapping[str, Tensor], shapes: Shapes, values: Mapping[str, Any]) -> None:
@@ -410,6 +434,9 @@ def _check_names(engine: Engine, own: Mapping[str, Tensor], shapes: Shapes, valu
             f"found {_some('none of', missing)}{' and ' if missing and foreign else ''}{_some('besides', foreign)}; "
             "was it saved with another model, precision.dtype or train.ema_decay?"
         )
+    groups, held = len(engine.optimizer.param_groups), len(values["optimizer"]["groups"])
+    if groups != held:
+        raise CheckpointError(f"checkpoint: expected an optimizer with {groups} groups of parameters, found {held}")
     optimizer, saved = type(engine.optimizer).__name__, values["optimizer"]["class"]
     if optimizer != saved:
         raise CheckpointError(f"checkpoint: expected the state of {optimizer}, found that of {saved}")

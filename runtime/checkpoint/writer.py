@@ -27,6 +27,7 @@ from typing import Any
 
 from dstrain.runtime.checkpoint import commit
 from dstrain.runtime.checkpoint.parts import Part, write_file
+from dstrain.runtime.spec.errors import CheckpointError
 from dstrain.runtime.spec.linux import die_with_parent, set_title
 
 CHUNK_BYTES = 1 << 20
@@ -56,6 +57,8 @@ def answer(work: Callable[[], Any]) -> dict[str, Any]:
         return {"result": work()}
     except OSError as error:
         return {"problem": problem_of(error)}
+    except CheckpointError as error:
+        return {"problem": str(error)}
     except Exception as error:
         return {"problem": f"{type(error).__name__}: {error}"}
 

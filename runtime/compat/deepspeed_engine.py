@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dstrain.runtime.checkpoint.disks import is_first_there
 from dstrain.runtime.checkpoint.load import load
 from dstrain.runtime.checkpoint.save import save
 from dstrain.runtime.engine import Engine, TorchSchedule
@@ -206,15 +207,16 @@ class DeepSpeedEngine:
         tag = tag or f"global_step{self.global_steps}"
         save(self._engine, Path(save_dir) / str(tag), keep_last=1, extra=client_state)
         problem = None
-        if self.global_rank == 0 and save_latest:
+        if save_latest and is_first_there(Path(save_dir), self._engine.comm):
             try:
                 beside = Path(save_dir) / f"{LATEST}.tmp"
                 beside.write_text(str(tag))
                 beside.replace(Path(save_dir) / LATEST)
             except OSError as error:  # all ranks must hear of it
                 problem = f"{save_dir}: expected to save, found {error.strerror}"
-        if problem := self._engine.comm.all_gather_object(problem)[0]:
-            raise CheckpointError(problem)
+        for said in self._engine.comm.all_gather_object(problem):
+            if said:
+                raise CheckpointError(said)
         return True
 
     def load_checkpoint(
@@ -222,9 +224,9 @@ class DeepSpeedEngine:
     ) -> tuple[str | None, dict[str, Any] | None]:
         """(path, client_state) of what save_checkpoint made; without a tag the latest; (None, None) if there is none.
 
-        Rank 0's word on the tag counts. settings: DeepSpeed's others. load_module_only takes the parameters and buffers
-        alone, load_module_strict=False also where names or shapes differ; the rest can only be what it is by default.
-        Raises UsageError, CheckpointError.
+        The first rank that knows a tag has the word. settings: DeepSpeed's others. load_module_only takes the
+        parameters and buffers alone, load_module_strict=False also where names or shapes differ; the rest can only be
+        what it is by default. Raises UsageError, CheckpointError.
         """
         module_only = settings.pop("load_module_only", False)
         exempt = [] if settings.pop("load_module_strict", True) else ["*"]
@@ -236,7 +238,7 @@ class DeepSpeedEngine:
         if exempt and not module_only:
             fix = "add load_module_only=True"
             raise UsageError.mismatch("engine.load_checkpoint", "load_module_strict=True", "False", fix)
-        found = self._engine.comm.broadcast_object(tag or _latest(Path(load_dir)))
+        found = next(filter(None, self._engine.comm.all_gather_object(tag or _latest(Path(load_dir)))), None)
         if found is None:
             return None, None
         loaded = load(self._engine, Path(load_dir) / str(found), model_only=module_only, exempt=exempt)
@@ -258,5 +260,7 @@ class DeepSpeedEngine:
 
 def _latest(folder: Path) -> str | None:
     """The tag that was saved last, on this rank's disk."""
-    path = folder / LATEST
-    return path.read_text().strip() if path.is_file() else None
+    try:
+        return (folder / LATEST).read_text().strip() or None
+    except (OSError, ValueError):
+        return None

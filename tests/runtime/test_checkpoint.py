@@ -533,6 +533,20 @@ def test_what_is_after_the_step_that_was_gone_on_from_is_of_another_life(job: Pa
     assert read_newest(folder)[0].step == 6
 
 
+def test_a_restart_does_not_go_on_from_the_life_that_was_left(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DSTRAIN_RUN_ID", "one")
+    assert trainer.main([str(job)]) == 0
+    monkeypatch.setenv("DSTRAIN_RUN_ID", "two")
+    assert trainer.main([str(job), "--resume", "5", "--set", "train.steps=12"]) == 0
+    assert steps_in(tmp_path / "saved") == [12, 10, 5]
+    monkeypatch.setenv("DSTRAIN_ATTEMPT", "1")
+    capfd.readouterr()
+    assert trainer.main([str(job), "--resume", "5"]) == 0
+    assert "resumed from step 12" in capfd.readouterr().out
+
+
 def test_a_kill_between_two_renames_loses_nothing(saved: Path) -> None:
     (saved / "step-3").rename(saved / "step-3.old-1234")
     (saved / "step-3.tmp-5678").mkdir()

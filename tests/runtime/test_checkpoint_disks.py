@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dstrain.runtime.checkpoint.commit import in_use
 from dstrain.runtime.checkpoint.disks import Disks
 from dstrain.runtime.checkpoint.load import load
 from dstrain.runtime.checkpoint.manifest import Manifest, steps_in
@@ -140,6 +142,69 @@ def test_a_disk_that_fails_leaves_no_half_anywhere(run_ranks: RunRanks, tmp_path
     assert "found rank 1 on " in first
     assert "Not a directory" in first
     assert list((tmp_path / "host-0").iterdir()) == []
+
+
+def test_a_commit_that_fails_on_one_disk_is_undone_on_the_others(
+    run_ranks: RunRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it has replaced the same step of before."""
+
+    def work(rank: int) -> str:
+        with Communicator.connect() as comm:
+            engine = engine_of(comm, 2)
+            saver = Saver(engine, tmp_path / f"host-{rank}")
+            train(engine, 0)
+            for _ in range(2):
+                saver.begin()
+                saver.finish()
+                (saved,) = saver.take_finished()
+                if rank == 1:
+                    monkeypatch.setattr("dstrain.runtime.checkpoint.save.commit_all", failing)
+            return saved.problem
+
+    problems = run_ranks(2, work)
+    assert all("found rank 1 on " in problem and "no room" in problem for problem in problems)
+    for rank in range(2):
+        assert [path.name for path in (tmp_path / f"host-{rank}").iterdir()] == ["step-3"]
+    assert [step for step, _, _ in resume_on(run_ranks, lambda rank: tmp_path / f"host-{rank}", 2, 2)] == [3, 3]
+
+
+def failing(root: Path, step: int, token: str, manifest: str) -> None:
+    raise OSError(28, "no room", str(root))
+
+
+def test_ranks_that_hold_different_tensors_save_nothing(run_ranks: RunRanks, tmp_path: Path) -> None:
+    """A buffer that one rank has made would shift where the others cut what they share."""
+
+    def work(rank: int) -> str:
+        with Communicator.connect() as comm:
+            engine = engine_of(comm, 0)
+            if rank == 1:
+                engine.module.register_buffer("own", torch.ones(1000))
+            saver = Saver(engine, tmp_path)
+            saver.begin()
+            saver.finish()
+            (saved,) = saver.take_finished()
+            return saved.problem
+
+    first, second = run_ranks(2, work)
+    assert first == second
+    assert "ranks that share a state hold different tensors" in first
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_under_way_is_not_swept_by_another_process(run_ranks: RunRanks, tmp_path: Path) -> None:
+    with in_use(tmp_path):
+        (tmp_path / "step-1.tmp-live").mkdir()
+
+        def work(rank: int) -> None:
+            with Communicator.connect() as comm:
+                Saver(engine_of(comm, 0), tmp_path).close()
+
+        run_ranks(1, work)
+        assert (tmp_path / "step-1.tmp-live").exists()
+    with in_use(tmp_path):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_an_older_life_on_one_disk_is_not_mixed_in(run_ranks: RunRanks, tmp_path: Path) -> None:

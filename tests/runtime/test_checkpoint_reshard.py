@@ -17,9 +17,10 @@ from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest, Piece, Tens
 from dstrain.runtime.checkpoint.parts import Part, entries_of, write_file
 from dstrain.runtime.checkpoint.save import save
 from dstrain.runtime.comm import Communicator
-from dstrain.runtime.engine import Engine
+from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
+from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.spec.errors import CheckpointError
-from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig
+from dstrain.runtime.spec.training_config import OptimizerConfig, ParallelConfig, PrecisionConfig, ZeroConfig
 
 from .conftest import RunRanks
 from .test_zero_checkpoint import engine_of, train
@@ -215,10 +216,6 @@ class WithHead(nn.Module):
 
 
 def head_engine(comm: Communicator, stage: int, classes: int, dtype: str, name: str = "adamw") -> Engine:
-    from dstrain.runtime.engine import EngineConfig, TorchSchedule
-    from dstrain.runtime.optimizers import make_optimizer
-    from dstrain.runtime.spec.training_config import OptimizerConfig, ZeroConfig
-
     zero = ZeroConfig(stage=stage, bucket_elements=20, resident_elements=4)  # type: ignore[arg-type]
     precision = PrecisionConfig(dtype=dtype)  # type: ignore[arg-type]
     config = EngineConfig(zero=zero, precision=precision, ema_decay=0.5)
@@ -265,6 +262,39 @@ def test_only_the_model_in_another_precision_with_another_optimizer(
         assert torch.equal(second[f"average.{name}"], source[f"model.{name}"])
     for name in ("head.weight", "head.bias"):
         assert torch.equal(second[f"master.{name}"], fresh[f"master.{name}"])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_from_bf16_the_masters_are_taken_but_of_what_differs(tmp_path: Path, dtype: str) -> None:
+    comm = Communicator(0, 1, 0, torch.device("cpu"))
+    engine = head_engine(comm, 0, 3, "bf16")
+    engine.backward(engine(torch.ones(2, 4, dtype=torch.bfloat16)).float().square().sum())
+    engine.step()
+    save(engine, tmp_path / "first")
+    other = head_engine(comm, 0, 5, dtype)
+    fresh = {name: p.detach().clone() for name, p in other.trained}
+    loaded = load(other, tmp_path / "first", model_only=True, exempt=["head.*"])
+    masters = dict(engine.trained)
+    for name, found in other.trained:
+        expected = fresh[name] if name.startswith("head.") else masters[name]
+        assert torch.equal(found, expected), name
+    assert set(loaded.missing) == {"model.head.weight", "model.head.bias"}
+    assert loaded.foreign == ()
+
+
+def test_what_is_no_tensor_is_named(tmp_path: Path) -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"a": 1}
+
+        def set_extra_state(self, state: object) -> None: ...
+
+    comm = Communicator(0, 1, 0, torch.device("cpu"))
+    engine = Engine(
+        Odd(2, 2), comm, EngineConfig(), lambda p: make_optimizer(p, OptimizerConfig()), TorchSchedule(None)
+    )
+    with pytest.raises(CheckpointError, match=r"model\._extra_state: expected a tensor in the state_dict, found dict"):
+        save(engine, tmp_path)
 
 
 def test_what_the_model_lacks_or_has_besides_is_named(tmp_path: Path) -> None:

@@ -136,10 +136,13 @@ class Reporter:
             self.say(f"warning: a checkpoint was passed over: {why}")
         if loaded.model_only:
             kept = f"; {', '.join(loaded.missing)} as initialized" if loaded.missing else ""
-            self.say(f"began with the model of {loaded.path}{kept}")
+            besides = f"; without its {', '.join(loaded.foreign)}" if loaded.foreign else ""
+            self.say(f"began with the model of {loaded.path}{kept}{besides}")
             return
         self._events.emit("resume", step=loaded.step, path=str(loaded.path))
         self.say(f"resumed from step {loaded.step}: {loaded.path}")
+        if loaded.left:
+            self.say(f"later steps were set aside, as step-N.left-…: {', '.join(map(str, loaded.left))}")
 
     def rewound(self, loaded: Loaded, why: str) -> None:
         """Behind going back to a checkpoint."""

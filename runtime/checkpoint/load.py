@@ -34,7 +34,8 @@ _TURN_BYTES = 8 << 20
 @dataclass(frozen=True)
 class Loaded:
     """What was loaded. passed_over: why newer checkpoints were not. extra: what the script has saved with it. missing:
-    tensors of the model that were not in it, foreign: those of its model that this one lacks."""
+    tensors of the model that were not in it, foreign: those of its model that this one lacks. left: later
+    steps, of another life, that were set aside."""
 
     path: Path
     step: int
@@ -43,6 +44,7 @@ class Loaded:
     missing: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     model_only: bool = False
+    left: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -97,13 +97,15 @@ def verify(
 ) -> None:
     """Check a checkpoint; every damage on a line of its own, exit code 204 if there is any."""
     from dstrain.launcher.checkpoint_views import files_elsewhere, in_bytes, printable
-    from dstrain.runtime.checkpoint.verify import damages, elsewhere
+    from dstrain.runtime.checkpoint.verify import damages, elsewhere, foreign_files
 
     checkpoint, manifest = _read(path)
     found = [printable(damage) for damage in damages(checkpoint, manifest, deep=deep)]
     away = elsewhere(checkpoint, manifest)
     for line in files_elsewhere(away):
         typer.echo(printable(f"{checkpoint}: {line}; verify it there"))
+    for name in foreign_files(checkpoint, manifest):
+        typer.echo(printable(f"{checkpoint / name}: not of this checkpoint; nothing reads it"))
     if found:
         raise CheckpointError("\n".join(found))
     here = set(manifest.files) - {name for names in away.values() for name in names}

@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dstrain.runtime.checkpoint.manifest import ITEM_BYTES, Manifest, Piece, TensorEntry
+from dstrain.runtime.checkpoint.manifest import FILE_NAME, ITEM_BYTES, Manifest, Piece, TensorEntry
 from dstrain.runtime.checkpoint.parts import Part
 
 CHUNK_BYTES = 1 << 20
@@ -53,6 +53,11 @@ def damages(folder: Path, manifest: Manifest, *, deep: bool = False) -> Iterator
             yield from _of_file(folder / name, size, stored.get(name, ()))
     if deep:
         yield from _of_all_bytes([folder / name for name in here if (folder / name).is_file()], stored)
+
+
+def foreign_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What lies there and is none of the checkpoint's files."""
+    return sorted({path.name for path in folder.iterdir()} - {FILE_NAME, *manifest.files})
 
 
 def elsewhere(folder: Path, manifest: Manifest) -> dict[str, list[str]]:

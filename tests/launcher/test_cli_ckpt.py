@@ -308,6 +308,13 @@ def test_a_flipped_bit_anywhere_is_found(saved: Path) -> None:
         path.write_bytes(data)
 
 
+def test_a_foreign_file_is_named(saved: Path) -> None:
+    (saved / "step-3" / "notes.txt").touch()
+    said = ckpt("verify", saved / "step-3")
+    assert said.startswith(f"{saved / 'step-3' / 'notes.txt'}: not of this checkpoint; nothing reads it\n")
+    assert ": whole" in said
+
+
 def test_what_is_cut_off_is_named(saved: Path) -> None:
     path = saved / "step-12" / STATE_FILE
     size = path.stat().st_size

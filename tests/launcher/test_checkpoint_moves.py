@@ -553,7 +553,8 @@ def test_a_host_that_never_connects_ends_its_talks(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(session_module, "connect", connect)
     posted: list[Any] = []
-    host = HostSession(0, Host("far"), build_bundle(), ["python3"], None, lambda index, it: posted.append(it))  # type: ignore[arg-type]
+    logs: Any = None
+    host = HostSession(0, Host("far"), build_bundle(), ["python3"], logs, lambda index, it: posted.append(it))
     _, answers = host.begin_talk()
     host.start(ConnectOptions(), threading.Semaphore(1))
     assert answers.get(timeout=5.0) is None

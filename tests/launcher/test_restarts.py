@@ -333,7 +333,7 @@ def test_the_next_attempt_begins_when_a_host_that_was_cut_off_has_surely_ended()
     team, (_, second), _ = team_of("a", "b")
     second.gone = "nothing heard from it for 8 s"
     team.drop(0)
-    assert team.fence == second.session.heard_at + 12 + 2 * 1 + 5
+    assert team.fence == second.session.heard_at + (12 + 2 * 1 + 5)
 
 
 def test_a_clock_is_of_the_host_that_has_rank_0_now():

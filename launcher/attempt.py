@@ -177,7 +177,7 @@ class Attempt:
             return
         running = self._running()
         for rank, seconds in self._paused.items():
-            if seconds >= PAUSED_LIMIT_S and rank in running:
+            if seconds >= PAUSED_LIMIT_S and rank in running and self.plan.hang_s != 0:
                 self._hung = self._stopped(rank, seconds)
                 self._inquiry.ask(all_threads=True)
                 return

@@ -60,6 +60,13 @@ class Blame:
         return bool(self.waiting) or self.all_wait or not self.can_be_asked
 
     @property
+    def are_apart(self) -> bool:
+        """Are several behind, in different places, with nobody seen to wait? One of them may wait where none sees it,
+        on a GPU, say."""
+        places = {stacks.place(one.text) for one in self.behind}
+        return len(places) > 1 and not self.others_wait
+
+    @property
     def takes_long(self) -> bool:
         """Are they where a rank may be for much longer than a step? Assumed of ranks that cannot be asked."""
         return not self.can_be_asked or any(stacks.takes_long(one.stack) for one in self.behind)

@@ -73,18 +73,27 @@ class Refusals:
     files: frozenset[tuple[str, int, str]] = frozenset()
 
 
-def wanted_of(job: str | None, attempt: int) -> Wanted | None:
-    """What the ranks of an attempt will go on from, if anything; by the resolved job, as runtime/checkpoint/load.py
-    does."""
+def wanted_of(job: str | None, attempt: int, has_saved: bool) -> tuple[Wanted, ...]:
+    """What the ranks of an attempt may go on from; by the resolved job, as runtime/checkpoint/resume.py does: from what
+    this run has saved, if it has, else as `checkpoint.resume` says.
+
+    has_saved: the run is known to have saved; that it has not is not known, for a rank may die before it says so.
+    """
     section = json.loads(job) if job else {}
     checkpoint = section.get("checkpoint")
     if checkpoint is None:
-        return None
-    root, word = checkpoint["dir"] or f"checkpoints/{section['name']}", checkpoint["resume"]
-    if attempt > 0 or word == "auto":
+        return ()
+    root = checkpoint["dir"] or f"checkpoints/{section['name']}"
+    newest = [Wanted(root)] if attempt > 0 else []
+    word = None if attempt > 0 and has_saved else checkpoint["resume"]
+    named = [] if word is None else [_named(root, word)]
+    return tuple(dict.fromkeys([*newest, *named]))
+
+
+def _named(root: str, word: str) -> Wanted:
+    """What `checkpoint.resume` names."""
+    if word == "auto":
         return Wanted(root)
-    if word is None:
-        return None
     if word.isdigit():
         return Wanted(root, int(word))
     path = PurePath(word)
@@ -105,13 +114,15 @@ def plan_moves(
 ) -> MovePlan | None:
     """How to make the newest checkpoint that is complete over all hosts complete over the participating ones.
 
-    inventories: of all hosts that can be asked. step: that one alone. None: there is no checkpoint that can be made so.
+    Of two of the same step it is the one that was saved last, as the ranks take it. inventories: of all hosts that can
+    be asked. step: that one alone. None: there is no checkpoint that can be made so.
     """
     steps = {held for inventory in inventories.values() for held in inventory}
     for number in sorted(steps if step is None else steps & {step}, reverse=True):
-        plans = [plan for version in _versions(inventories, number) if (plan := version.plan(participating, refusals))]
-        if plans:
-            return min(plans, key=lambda plan: sum(copy.size for copy in plan.copies))
+        for version in _versions(inventories, number):
+            plan = version.plan(participating, refusals)
+            if plan is not None:
+                return plan
     return None
 
 
@@ -167,28 +178,32 @@ class _Version:
 
 
 def _versions(inventories: Inventories, step: int) -> list[_Version]:
+    """Saved last first."""
     hosts: dict[str, dict[str, StepFiles]] = {}
     for host, inventory in inventories.items():
         if step in inventory:
             hosts.setdefault(inventory[step].manifest, {})[host] = inventory[step]
-    return [_Version(step, manifest, held) for manifest, held in hosts.items()]
+    saved_at = {manifest: next(iter(held.values())).saved_at for manifest, held in hosts.items()}
+    newest_first = sorted(hosts, key=lambda manifest: saved_at[manifest], reverse=True)
+    return [_Version(step, manifest, hosts[manifest]) for manifest in newest_first]
 
 
 # --- the carrying ----------------------------------------------------------------------------------------------
 
 
 def bring_checkpoints(
-    nodes: Sequence[Node], participating: Sequence[Node], wanted: Wanted | None, loop: EventLoop
+    nodes: Sequence[Node], participating: Sequence[Node], wanted: Wanted, loop: EventLoop
 ) -> None:
     """Before an attempt that goes on from a checkpoint: let its hosts hold all of it, if hosts outside of it do.
 
-    nodes: all hosts of the run. Returns at once where all of them take part. What fails is told, and left to the ranks:
-    they go on from what they have. Raises StopRequested.
+    nodes: all hosts of the run; one that still connects is not waited for. Returns at once where all of them take part.
+    What fails is told, and left to the ranks: they go on from what they have. Raises StopRequested.
     """
     inside = {id(node) for node in participating}
-    if wanted is None or all(node.gone is not None or id(node) in inside for node in nodes):
+    answering = [node for node in nodes if node.gone is None and node.report.facts is not None]
+    if all(id(node) in inside for node in answering):
         return
-    mover = _Mover(nodes, [node.report.host.name for node in participating], wanted, loop)
+    mover = _Mover(answering, [node.report.host.name for node in participating], wanted, loop)
     thread = threading.Thread(target=mover.run, name="checkpoint files", daemon=True)
     thread.start()
     try:
@@ -201,7 +216,7 @@ class _Mover:
     """In a thread of its own, with one more for each target."""
 
     def __init__(self, nodes: Sequence[Node], participating: Sequence[str], wanted: Wanted, loop: EventLoop) -> None:
-        self._sessions = {node.report.host.name: node.session for node in nodes if node.gone is None}
+        self._sessions = {node.report.host.name: node.session for node in nodes}
         self._participating, self._wanted, self._loop = participating, wanted, loop
         self.stop, self.ended = threading.Event(), threading.Event()
 

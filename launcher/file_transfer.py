@@ -15,7 +15,7 @@ from typing import Self
 from dstrain.launcher.session import HostSession
 from dstrain.runtime.spec import file_frames as files
 
-WINDOW = 4  # chunks on their way: a megabyte, which fills a fast link, and does not keep a slow one from heartbeats
+AHEAD = 4  # chunks that are read before the target has taken them; on their way to it is never more than one
 ANSWER_TIMEOUT_S = 300.0  # a disk that syncs gigabytes; a host that is silent is lost long before
 POLL_S = 0.2
 
@@ -48,12 +48,6 @@ class Talk:
         self.session.end_talk(self.number)
         self.session.send(files.Forget(self.number))
 
-    def poll(self) -> files.FileAnswer | files.Chunk | None:
-        """The next answer if it is there already. Raises TransferError."""
-        try:
-            return self._checked(self._answers.get_nowait())
-        except queue.Empty:
-            return None
 
     def hear(self) -> files.FileAnswer | files.Chunk:
         """The next answer. Raises TransferError, TransferStopped."""
@@ -100,18 +94,12 @@ def carry(source: HostSession, target: HostSession, parcel: Parcel, stop: thread
     with Talk(source, stop) as giver, Talk(target, stop) as taker:
         target.send(files.TakeFile(taker.number, parcel.folder, parcel.staging, parcel.name, parcel.size))
         source.send(files.SendFile(giver.number, parcel.folder, f"step-{parcel.step}/{parcel.name}"))
-        source.send(files.More(giver.number, WINDOW))
-        on_the_way = 0
+        source.send(files.More(giver.number, AHEAD))
         while not isinstance(answer := giver.hear(), files.FileSent):
             assert isinstance(answer, files.Chunk)
             target.send_chunk(taker.number, answer.data)
-            on_the_way += 1
-            while (taker.hear() if on_the_way == WINDOW else taker.poll()) is not None:
-                on_the_way -= 1
-                source.send(files.More(giver.number, 1))
-        while on_the_way:
             taker.hear()
-            on_the_way -= 1
+            source.send(files.More(giver.number, 1))
         target.send(files.EndFile(taker.number, answer.sha256))
         taker.hear()
 

@@ -10,6 +10,7 @@ How long one may be silent:
     | is at its first steps, validates, saves, loads or compiles | 9 minutes                   | half an hour |
     | cannot be asked (a program, --no-preload)                  | 9 minutes                   |              |
 
+Where several are behind, in different places, half an hour is 9 minutes: one may wait for the other where none sees it.
 With `hang_s` the first row is hang_s, in both columns, from the first step on; the others are no shorter than it, nor
 than 10 median steps. 9 minutes: below the 10 after which the others' collective would fail, and name a wrong rank.
 Half an hour: it may be just slow, and nobody is kept waiting. A note comes at half of each time. While a rank is in a
@@ -93,10 +94,13 @@ class Progress:
         return (0.0, False) if rank is None else (now - self._heard[rank], rank in self._stepped_ns)
 
 
-def bound_s(hang_s: float | None, median_s: float | None, has_pace: bool, others_wait: bool) -> float:
+def bound_s(
+    hang_s: float | None, median_s: float | None, has_pace: bool, others_wait: bool, are_apart: bool = False
+) -> float:
     """How long a rank may be silent. [Note: when a step is too late]
 
-    has_pace: it has done steps, and is nowhere where it may take long. Infinity: for ever.
+    has_pace: it has done steps, and is nowhere where it may take long. others_wait, are_apart: see Blame. Infinity: for
+    ever.
     """
     if hang_s == 0:
         return math.inf
@@ -105,7 +109,7 @@ def bound_s(hang_s: float | None, median_s: float | None, has_pace: bool, others
         return hang_s
     if has_pace and others_wait and median_s is not None:
         return max(USUAL_S, by_pace)
-    return max(hang_s or 0.0, by_pace, LONG_S if others_wait else ALONE_S)
+    return max(hang_s or 0.0, by_pace, LONG_S if others_wait or are_apart else ALONE_S)
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,8 @@ class HangWatch:
         if any(one.in_debugger for one in ranks):
             return None
         found = blame(ranks)
-        bound = bound_s(self._hang_s, median_s, has_stepped and not found.takes_long, found.others_wait)
+        has_pace = has_stepped and not found.takes_long
+        bound = bound_s(self._hang_s, median_s, has_pace, found.others_wait, found.are_apart)
         finding = Finding(silent_s, bound, found)
         self._ask_at_s = min(self._ask_at_s, bound if finding.is_late else bound / 2)
         was_noted, self._is_noted = self._is_noted, self._is_noted or finding.is_late

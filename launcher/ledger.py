@@ -10,6 +10,7 @@ A run's time is a line, and each event of the launcher or of rank 0 is a mark on
     repeated    of it, steps that a later attempt did again (or the same, behind going back to a checkpoint)
     detection   from the last of these marks to the moment when the launcher knew of the failure
     teardown    from there to the end of the attempt's last process
+    waited      from there to the run's end, where it was stopped while it waited for another attempt
     end         behind the last step: a sample, trackers, leaving
 
 so that all of them together are the whole run. Events of rank 0 are on its host's clock; `launch` says how far that is
@@ -23,8 +24,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dstrain.runtime.spec.exit_codes import ExitCode
+
 Event = Mapping[str, Any]
-KINDS = ("wait", "startup", "trained", "stall", "repeated", "detection", "teardown", "end")
+KINDS = ("wait", "startup", "trained", "stall", "repeated", "detection", "teardown", "waited", "end")
+STOPPED = (ExitCode.INTERRUPTED, ExitCode.HANGUP, ExitCode.TERMINATED)
 MAX_OFFSET_S = 1e9
 
 
@@ -96,13 +100,13 @@ class Ledger:
         self._began: float | None = None
         self._at = 0.0
         self._offset_s = 0.0  # rank 0's clock minus the head's
-        self._failed = False
+        self._failed = self._over = False  # the last attempt; and its processes have gone
         self._of_launcher: dict[str, Callable[[Event, float], None]] = {
             "run_start": lambda event, at: None,
             "launch": self._launch,
             "failure": self._failure,
-            "ended": lambda event, at: self._spend("teardown" if self._failed else "end", at),
-            "run_end": lambda event, at: self._spend("teardown" if self._failed else "end", at),
+            "ended": self._ended,
+            "run_end": self._run_end,
         }
         self._of_rank: dict[str, Callable[[Event, float], None]] = {
             "start": lambda event, at: None,
@@ -150,7 +154,7 @@ class Ledger:
     def _open(self, number: int, at: float) -> None:
         self.attempts.append(AttemptTimes(number))
         self._spend("wait", at)
-        self._failed = False
+        self._failed = self._over = False
 
     def _is_of_now(self, event: Event, at: float) -> bool:
         """Not of an attempt before; one whose launch is not written (by an older version, or torn) begins here."""
@@ -187,6 +191,17 @@ class Ledger:
         self._spend("detection" if self.attempts[-1].has_stepped else "startup", at if known_at is None else known_at)
         self.attempts[-1].cause, self._failed = str(event.get("headline", "")), True
 
+    def _ended(self, event: Event, at: float) -> None:
+        self._spend("teardown" if self._failed else "end", at)
+        self._over = True
+
+    def _run_end(self, event: Event, at: float) -> None:
+        was_stopped = event.get("origin") == "launcher" and event.get("exit_code") in STOPPED
+        if self._over and was_stopped:
+            self._spend("waited", at)
+        else:
+            self._spend("teardown" if self._failed else "end", at)
+
     # --- what came of it -------------------------------------------------------------------------------------
 
     @property
@@ -213,7 +228,7 @@ class Ledger:
             "repeated_s": self._sum("repeated"),
             "detection_s": self._sum("detection"),
             "teardown_s": self._sum("teardown"),
-            "restart_s": self._sum("wait", "startup", first=1),
+            "restart_s": self._sum("wait", "startup", first=1) + self._sum("waited"),
             "end_s": self._sum("end"),
         }
         counts = {

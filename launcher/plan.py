@@ -61,6 +61,7 @@ class Request:
     job: str | None = None
     excluded_slots: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by host, where slots are not known yet
     spares: tuple[Host, ...] = ()  # for later attempts
+    notes: tuple[str, ...] = ()  # what the user should know at once
 
     def to_json(self) -> dict[str, Any]:
         """As `job.json` has it: every secret masked."""

@@ -71,17 +71,19 @@ class Job:
 def build_request(options: RunOptions, target: Target) -> tuple[Request, str | None]:
     """The request, and the job's name. A target that ends in .yaml is our trainer on that job."""
     config = options.config
+    if options.resume == "":
+        raise UsageError.mismatch("--resume", "auto, a step or a path", "nothing")
     if target.kind == "script" and target.name.endswith(JOB_FILE_ENDINGS):
         if target.arguments:
             found = " ".join(target.arguments)
             raise UsageError.mismatch("arguments", f"nothing behind {target.name}", found, "keys are set by --set")
         config, target = Path(target.name), Target("module", TRAINER)
-    elif options.resume and config is None:
+    elif options.resume is not None and config is None:
         raise UsageError.mismatch("--resume", "a job.yaml that says where checkpoints are", f"target {target.name}")
     elif options.overrides and config is None:
         raise UsageError.mismatch("--set", "a job.yaml to change", f"target {target.name}", "give -c job.yaml")
     for_trainer = target == Target("module", TRAINER)
-    resume = [f"checkpoint.resume={json.dumps(options.resume)}"] if options.resume else []
+    resume = [f"checkpoint.resume={json.dumps(options.resume)}"] if options.resume is not None else []
     job = _load(config, [*options.overrides, *resume], for_trainer) if config else None
     run = job.run if job else None
     environment, secrets = _environment(options, run)
@@ -110,8 +112,8 @@ def build_request(options: RunOptions, target: Target) -> tuple[Request, str | N
         job=job.text if job else None,
     )
     hosts, excluded = _hosts(options, run, request)
-    used, spares = _without_spares(hosts, request)
-    return replace(request, hosts=used, spares=spares, excluded_slots=excluded), job.name if job else None
+    made = _with_hosts(replace(request, excluded_slots=excluded), hosts, options)
+    return made, job.name if job else None
 
 
 T = TypeVar("T")
@@ -189,8 +191,8 @@ def _hosts(
     return chosen, {one.host.name: one.excluded_slot_ids for one in selected if one.excluded_slot_ids}
 
 
-def _without_spares(hosts: tuple[Host, ...], request: Request) -> tuple[tuple[Host, ...], tuple[Host, ...]]:
-    """The hosts of the first attempt, and the spares; without restarts nobody needs those."""
+def _with_hosts(request: Request, hosts: tuple[Host, ...], options: RunOptions) -> Request:
+    """With the hosts of the first attempt, and the spares; without restarts nobody needs those."""
     used, spares = (tuple(host for host in hosts if host.spare is spare) for spare in (False, True))
     if not used:
         found = f"spares alone, {', '.join(host.written_name for host in spares[:8])}"
@@ -198,7 +200,13 @@ def _without_spares(hosts: tuple[Host, ...], request: Request) -> tuple[tuple[Ho
     if request.min_nodes is not None and request.min_nodes > len(used):
         expected = f"at most the number of hosts, {len(used)}"
         raise UsageError.mismatch("--min-nodes, run.min_nodes", expected, str(request.min_nodes))
-    return used, spares if request.max_restarts else ()
+    if request.max_restarts:
+        return replace(request, hosts=used, spares=spares)
+    if options.min_nodes is not None:
+        raise UsageError.mismatch("--min-nodes", "restarts, which it is for", "none", "give --max-restarts")
+    count = "1 spare host is" if len(spares) == 1 else f"{len(spares)} spare hosts are"
+    notes = (f"{count} not used: without --max-restarts there is nothing to wait for",) if spares else ()
+    return replace(request, hosts=used, notes=notes)
 
 
 def _with_slots(selected: SelectedHost, request: Request) -> Host:

@@ -88,7 +88,7 @@ class Restarter:
             return False
         for node in team.active:
             if node.report.host.name in suspects:
-                team.set_aside(node, suspects[node.report.host.name])
+                team.set_aside(node, suspects[node.report.host.name], keep_connected=True)
         return True
 
     def _set_deaf_aside(self) -> str | None:
@@ -102,7 +102,7 @@ class Restarter:
         deaf = who_cannot_meet(reports)
         for node in self._team.active:
             if node.report.host.name in deaf:
-                self._team.set_aside(node, deaf[node.report.host.name])
+                self._team.set_aside(node, deaf[node.report.host.name], keep_connected=True)
         return None if deaf else "no address of the first host is one that all others reach; give --master-addr"
 
     def _await_spares(self, without: int = 0) -> None:

@@ -140,11 +140,12 @@ class HostSession:
                 self.began_at = time.monotonic()
                 self._connection = connect(self.host, start_command(self._pythons), options)
                 if self._closed.is_set():
+                    self._end_talks()
                     self._connection.close()
                     return
                 rest = self._bootstrap(self._connection)
         except Exception as error:
-            self.liveness = Liveness.GONE
+            self._end_talks()
             self._post(self.index, Failed(self._explain(error)))
             return
         self.heard_at = time.monotonic()
@@ -155,11 +156,15 @@ class HostSession:
             complaint = self._connection.complaint()
         except ProtocolError as error:
             complaint = str(error)
+        self._end_talks()
+        self._post(self.index, Gone(complaint, self._connection.program_ended()))
+
+    def _end_talks(self) -> None:
+        """The host has gone: whoever waits for its answer is told so."""
         with self._talking:
             self.liveness = Liveness.GONE
             for answers in self._talks.values():
                 answers.put(None)
-        self._post(self.index, Gone(complaint, self._connection.program_ended()))
 
     def _explain(self, error: Exception) -> DstrainError:
         if isinstance(error, DstrainError):

@@ -92,6 +92,8 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         started = time.time()
         self.events.write(0, "run_start")
+        for note in self.request.notes:
+            self._note(note)
         threading.Thread(target=self._beat_forever, name="heartbeat", daemon=True).start()
         try:
             self._connect()
@@ -175,7 +177,8 @@ class Supervisor:
 
     def _run_attempt(self, number: int, why: str | None) -> Outcome:
         assert self.plan is not None
-        bring_checkpoints(self.nodes, self.team.active, wanted_of(self.request.job, number), self.loop)
+        for wanted in wanted_of(self.request.job, number, has_saved=self.history.furthest.checkpoint >= 0):
+            bring_checkpoints(self.nodes, self.team.active, wanted, self.loop)
         hosts = [node.host for node in self.plan.nodes]
         self.history.begin(AttemptRecord(number, hosts, self.plan.world_size, self.plan_file, time.time(), why))
         self.attempt = attempt = Attempt(number, self.plan, self.team.active, self.logs, self._note)
@@ -213,7 +216,7 @@ class Supervisor:
     def _say_start(self, number: int) -> None:
         assert self.plan is not None
         self.events.begin_attempt()
-        first = next(node for node, part in zip(self.nodes, self.plan.nodes, strict=True) if part.processes)
+        first = next(node for node, part in zip(self.team.active, self.plan.nodes, strict=True) if part.processes)
         self.events.write(
             number,
             "launch",

@@ -9,12 +9,16 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from dstrain.launcher import preflight
-from dstrain.launcher.agent.agent import LEASE_S
+from dstrain.launcher.agent.agent import HEARTBEAT_S, LEASE_S
+from dstrain.launcher.agent.ranks import SWEEP_TIMEOUT_S
 from dstrain.launcher.node import Node
 from dstrain.launcher.plan import Request
 from dstrain.launcher.replan import Fit, fit
 
-FENCE_S = LEASE_S + 2.0  # after its last word a host that was cut off has ended its ranks
+FENCE_S = LEASE_S + 2 * HEARTBEAT_S + SWEEP_TIMEOUT_S
+"""After its last word a host that was cut off has ended its ranks: it may have heard us a heartbeat later than we heard
+it, looks at its lease once in a heartbeat, and then sweeps."""
+
 IDLE = -1  # in place of an attempt: it waited
 
 
@@ -73,15 +77,18 @@ class Team:
 
     # --- leaving ---------------------------------------------------------------------------------------------
 
-    def set_aside(self, node: Node, why: str) -> None:
-        """This host is used no more in this run: say so, and let go of it, which ends whatever it still runs."""
+    def set_aside(self, node: Node, why: str, keep_connected: bool = False) -> None:
+        """This host is used no more in this run: say so, and let go of it, which ends whatever it still runs.
+
+        keep_connected: it runs nothing any more, and its disk may hold checkpoints that others need.
+        """
         name = node.report.host.name
         self._note(f"{'spare ' if node in self.spares else ''}{name} is set aside: {why}")
         self.aside[name] = why
         self.active = [other for other in self.active if other is not node]
         self.spares = [other for other in self.spares if other is not node]
         self._ready = [other for other in self._ready if other is not node]
-        if node.gone is None:
+        if node.gone is None and not keep_connected:
             node.gone = "set aside"
             threading.Thread(target=node.session.close, daemon=True).start()
 

@@ -99,6 +99,10 @@ class Reporter:
                 )
             )
 
+    def alive(self) -> None:
+        """Where no other event is due for long, on each rank."""
+        self._events.emit("alive", step=self._engine.global_step)
+
     def validation(self, val_loss: float) -> None:
         """Behind each validation."""
         step = self._engine.global_step

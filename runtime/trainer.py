@@ -59,6 +59,9 @@ from dstrain.runtime.spec.load import load_job, load_resolved
 from dstrain.runtime.task import LanguageTask, task_of
 from dstrain.runtime.zero.deferred import build_deferred
 
+ALIVE_S = 20.0
+"""A validation says so often that it goes on: the launcher takes silence for a hang, whatever its reason."""
+
 SAMPLE_TEMPERATURE = 0.8
 """Of the text at the end: below 1, so that a small model's rare nonsense stays rare."""
 
@@ -194,6 +197,7 @@ class Trainer:
         """Mean loss over the validation samples; one all-reduce of the ranks' shares."""
         engine, comm = self.engine, self.comm
         totals = torch.zeros(2, dtype=torch.float64)  # sum of the loss, what was counted
+        said_at = time.monotonic()
         engine.module.eval()
         engine.share_buffers()
         with engine.averaged():
@@ -204,6 +208,9 @@ class Trainer:
                 self.has_validated = True
                 if counts:
                     totals += torch.tensor([loss.item() * count, count])
+                if time.monotonic() - said_at > ALIVE_S:
+                    self.report.alive()
+                    said_at = time.monotonic()
         engine.module.train()
         totals = totals.to(comm.device)
         comm.all_reduce(totals)
@@ -336,7 +343,9 @@ def _job_of(arguments: Sequence[str] | None) -> JobConfig:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="put over the file's value")
     parser.add_argument("--resume", metavar="auto|STEP|PATH", help="go on from a checkpoint")
     options = parser.parse_args(arguments)
-    overrides = [*options.set, *([f"checkpoint.resume={options.resume!r}"] if options.resume else [])]
+    if options.resume == "":
+        raise UsageError.mismatch("--resume", "auto, a step or a path", "nothing")
+    overrides = [*options.set, *([f"checkpoint.resume={options.resume!r}"] if options.resume is not None else [])]
     if options.job is not None:
         return load_job(options.job, overrides)
     if overrides:

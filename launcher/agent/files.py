@@ -22,8 +22,9 @@ from typing import IO, Any
 
 from dstrain.runtime.spec import file_frames as files
 
-MANIFEST = "manifest.json"  # as runtime/checkpoint/manifest.py has both
+MANIFEST = "manifest.json"  # as runtime/checkpoint/manifest.py has these three
 PREFIX = "step-"
+_CHECKSUM = ',\n "checksum": '
 NEWEST = 50  # checkpoints that are looked at: a manifest may be large
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -94,10 +95,9 @@ class FileWorker:
             cwd, request = self._asked.get()
             try:
                 self._do(cwd, request)
-            except OSError as error:
+            except Exception as error:  # the thread must live: the next talk would wait for it in vain
                 self._forget(request.talk)
-                where = f": {error.filename}" if error.filename else ""
-                self._answer(files.FileFailed(request.talk, f"{error.strerror or error}{where}"))
+                self._answer(files.FileFailed(request.talk, _reason(error)))
 
     def _answer(self, answer: Answer) -> None:
         self._answers.put(answer)
@@ -105,7 +105,7 @@ class FileWorker:
             self._wake_write.send(b"x")
 
     def _do(self, cwd: Path, request: Request) -> None:
-        """Raises OSError."""
+        """Raises OSError, and whatever else a folder of somebody else's may lead to."""
         match request:
             case files.ListCheckpoints(talk, folder):
                 self._answer(files.Inventory(talk, inventory(cwd / folder)))
@@ -170,10 +170,19 @@ class FileWorker:
 
     def _forget(self, talk: int) -> None:
         if going := self._outgoing.pop(talk, None):
-            going.file.close()
+            with contextlib.suppress(OSError):
+                going.file.close()
         if coming := self._incoming.pop(talk, None):
-            coming.file.close()
-            coming.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                coming.file.close()
+            with contextlib.suppress(OSError):
+                coming.path.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
+    return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
 
 
 def inventory(root: Path) -> dict[int, files.StepFiles]:
@@ -187,15 +196,19 @@ def inventory(root: Path) -> dict[int, files.StepFiles]:
 
 
 def _step_files(folder: Path) -> files.StepFiles | None:
+    """None: there is no manifest, or none that is whole."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
         expected = {_plain(name): int(size) for name, size in manifest["files"].items()}
-        checksum = str(manifest["checksum"])
+        checksum, saved_at = str(manifest["checksum"]), float(manifest.get("saved_at", 0.0))
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    if checksum != hashlib.sha256(text[: max(0, text.rfind(_CHECKSUM))].encode()).hexdigest():
         return None
     held = {name: size for name, size in sizes.items() if name == MANIFEST or name in expected}
-    return files.StepFiles(checksum, expected, held)
+    return files.StepFiles(checksum, expected, held, saved_at)
 
 
 def _plain(name: str) -> str:

@@ -252,7 +252,7 @@ class Ranks:
             for fd in list(worker.pipes):
                 self._close_pipe(worker, fd)
             os.close(worker.stacks)
-        self.workers, self._watches = {}, {}
+        self.workers, self._watches, self._stacks_at = {}, {}, math.inf
 
     # --- watching --------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import tempfile
 import threading
@@ -13,6 +14,7 @@ from dstrain.launcher.hostfile import Host
 from dstrain.runtime.spec.errors import UnreachableError
 
 CLOSE_WAIT_S = 6.0
+POLL_MS = 100  # in which a write that is stuck sees that the connection is to end
 COMPLAINT_BYTES = 4096
 
 
@@ -30,7 +32,10 @@ class PipeConnection:
             bufsize=0,
             env=environment,
         )
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)  # so that no write holds the lock for ever
         self._lock = threading.Lock()
+        self._closing = threading.Event()
 
     def read(self) -> bytes:
         assert self.process.stdout is not None
@@ -40,15 +45,17 @@ class PipeConnection:
             return b""
 
     def write(self, data: bytes) -> None:
+        assert self.process.stdin is not None
         rest = memoryview(data)
         with self._lock:
-            if self.process.stdin is None or self.process.stdin.closed:
-                raise BrokenPipeError("the connection is closed")
             while rest:
-                rest = rest[os.write(self.process.stdin.fileno(), rest) :]
+                if self._closing.is_set():
+                    raise BrokenPipeError("the connection is closed")
+                rest = rest[_write_some(self.process.stdin.fileno(), rest) :]
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        self._closing.set()
         with self._lock:
             self.process.stdin.close()
         try:
@@ -62,6 +69,17 @@ class PipeConnection:
 
     def complaint(self) -> str:
         return end_of(self._errors)
+
+
+def _write_some(fd: int, data: memoryview) -> int:
+    """As much as the pipe takes; 0 if it takes nothing for POLL_MS. Raises OSError."""
+    poll = select.poll()  # select.select cannot do descriptors beyond 1023
+    poll.register(fd, select.POLLOUT)
+    poll.poll(POLL_MS)
+    try:
+        return os.write(fd, data)
+    except BlockingIOError:
+        return 0
 
 
 def end_of(errors: IO[bytes]) -> str:

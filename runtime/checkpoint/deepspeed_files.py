@@ -78,7 +78,7 @@ def _tag_folder(path: Path) -> Path:
         tag = latest.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{latest}: expected the name of a folder, found {error}") from None
-    if not tag or Path(tag).name != tag or not (path / tag).is_dir():
+    if tag in ("", ".", "..") or Path(tag).name != tag or not (path / tag).is_dir():
         raise CheckpointError(f"{latest}: expected the name of a folder beside it, found {tag!r}; give a folder itself")
     return path / tag
 

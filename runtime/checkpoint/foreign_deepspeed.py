@@ -42,12 +42,11 @@ class Place:
 def open_deepspeed(path: Path) -> Source:
     """`path`: a tag's folder, or the one above it. Raises UsageError for what is not understood, CheckpointError where
     a file is missing, cut off, or does not fit the others."""
-    files = DeepSpeedFiles.open(path)
     try:
-        return _source(path, files)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return _source(path, DeepSpeedFiles.open(path))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError) as error:
         found = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{files.folder}: expected files as DeepSpeed writes them, found {found}") from None
+        raise CheckpointError(f"{path}: expected files as DeepSpeed writes them, found {found}") from None
 
 
 def _source(path: Path, files: DeepSpeedFiles) -> Source:

@@ -10,8 +10,9 @@ travel at once.
     KeepFiles        -> Done
     DropFiles, Forget   no answer
 
-A chunk goes out only when another one has been written at the other end, so that nobody's memory fills up where one
-disk or link is slower. Instead of any answer FileFailed may come: then the talk is over.
+A chunk goes out only when the one before has been written at the other end, so that nobody's memory fills up where one
+disk or link is slower, and no heartbeat waits behind many. Instead of any answer FileFailed may come: then the talk is
+over.
 
 What arrives is written into a folder of its own beside the checkpoints, `step-N.tmp-…`, which is none. KeepFiles gives
 whole files their places by renaming; DropFiles, or the agent's end, removes the folder.
@@ -24,17 +25,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 CHUNK_HEADER = struct.Struct(">I")
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 16  # little enough for a link's buffers to take: a heartbeat is written behind it
 
 
 @dataclass(frozen=True)
 class StepFiles:
     """One checkpoint as it lies on one host. manifest: its checksum, the same wherever it was copied. expected: name ->
-    bytes of the files that the manifest lists; held: of those that are there, the manifest among them."""
+    bytes of the files that the manifest lists; held: of those that are there, the manifest among them. saved_at:
+    seconds since 1970, as the manifest says."""
 
     manifest: str
     expected: Mapping[str, int]
     held: Mapping[str, int]
+    saved_at: float = 0.0
 
 
 # --- head -> agent -------------------------------------------------------------------------------------------

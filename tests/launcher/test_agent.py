@@ -172,6 +172,14 @@ def test_a_stop_that_crosses_the_end_leaves_nothing_due():
         assert ranks.due_at(reading=True) == float("inf")
 
 
+def test_stacks_that_nobody_waits_for_are_forgotten_with_their_attempt():
+    with open(os.devnull, "wb") as null:  # noqa: PTH123
+        ranks = Ranks(Outbox(null.fileno()), warden=0, spared=set)
+        ranks.dump_stacks(all_threads=False)
+        ranks.forget()
+        assert ranks.due_at(reading=True) == float("inf")
+
+
 def test_ten_lines_a_second_travel_in_five_packets(tmp_path: Path):
     text = "import time\nfor number in range(20):\n    print(number, flush=True)\n    time.sleep(0.1)\n"
     agent = DrivenAgent(tmp_path, "program", sys.executable, ["-S", "-c", text])

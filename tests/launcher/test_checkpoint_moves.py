@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -23,28 +24,35 @@ from hypothesis import strategies as st
 
 import lab
 from dstrain.launcher import file_transfer, preflight
+from dstrain.launcher import session as session_module
+from dstrain.launcher.agent import files as agent_files
 from dstrain.launcher.agent.files import FileWorker, inventory
 from dstrain.launcher.bundle import build_bundle
 from dstrain.launcher.checkpoint_moves import Refusals, Wanted, bring_checkpoints, plan_moves, wanted_of
 from dstrain.launcher.event_loop import StopRequested
-from dstrain.launcher.file_transfer import WINDOW, Parcel, TransferStopped
+from dstrain.launcher.file_transfer import AHEAD, Parcel, TransferStopped
 from dstrain.launcher.hostfile import Host
 from dstrain.launcher.node import Node, agent_pythons, prepare_message
 from dstrain.launcher.plan import Request, Target
 from dstrain.launcher.session import Connected, Gone, HostSession
 from dstrain.launcher.transport import ConnectOptions
-from dstrain.runtime.checkpoint.manifest import FILE_NAME
+from dstrain.launcher.transport import local as local_transport
+from dstrain.launcher.transport.local import LocalConnection
+from dstrain.runtime.checkpoint.manifest import FILE_NAME, Manifest
 from dstrain.runtime.spec import file_frames as files
 from dstrain.runtime.spec import frames
+from dstrain.runtime.spec.errors import UnreachableError
 from dstrain.runtime.spec.exit_codes import ExitCode
 
 # --- the plan ----------------------------------------------------------------------------------------------------
 
 
-def held(expected: dict[str, int], *names: str, manifest: str = "m", **sizes: int) -> files.StepFiles:
+def held(
+    expected: dict[str, int], *names: str, manifest: str = "m", saved_at: float = 0.0, **sizes: int
+) -> files.StepFiles:
     """A step's folder that has the manifest and these files, in their sizes but for `sizes`."""
     there = {name: expected[name] for name in names} | sizes
-    return files.StepFiles(manifest, expected, {FILE_NAME: 100, **there})
+    return files.StepFiles(manifest, expected, {FILE_NAME: 100, **there}, saved_at)
 
 
 TWO = {"rank-0": 10, "rank-1": 20}
@@ -92,13 +100,19 @@ def test_a_step_that_is_not_complete_is_passed_over(newer: dict[str, files.StepF
     assert plan_moves(hosts, ["a"], step=6) is None
 
 
-def test_two_checkpoints_of_one_step_are_not_mixed():
-    mine, other = held(TWO, "rank-0", "rank-1"), held(TWO, "rank-0", "rank-1", manifest="other")
+@pytest.mark.parametrize(("saved_at", "newest"), [(1.0, "mine"), (3.0, "other")])
+def test_two_checkpoints_of_one_step_are_not_mixed(saved_at: float, newest: str):
+    """The one that was saved last is taken, as the ranks do; the other where that one cannot be made complete."""
+    mine = held(TWO, "rank-0", "rank-1", manifest="mine", saved_at=2.0)
+    other = held(TWO, "rank-0", "rank-1", manifest="other", saved_at=saved_at)
+    from_spare = {(name, "spare", "a") for name in (FILE_NAME, "rank-0", "rank-1")}
     plan = plan_moves({"spare": {5: other}, "a": {5: mine}}, ["a"])
-    assert (plan.manifest, plan.copies) == ("m", ())  # the one that is there
-    plan = plan_moves({"spare": {5: other}, "a": {5: held(TWO, "rank-0")}}, ["a"])
+    assert plan.manifest == newest
+    assert carried(plan) == (from_spare if newest == "other" else set())
+    cut = held(TWO, "rank-0", manifest="mine", saved_at=2.0)
+    plan = plan_moves({"spare": {5: other}, "a": {5: cut}}, ["a"])
     assert plan.manifest == "other"
-    assert carried(plan) == {(name, "spare", "a") for name in (FILE_NAME, "rank-0", "rank-1")}
+    assert carried(plan) == from_spare
 
 
 def test_it_goes_to_whom_has_most_and_evenly():
@@ -177,21 +191,26 @@ def test_a_plan_makes_the_newest_complete(hosts: dict[str, dict[int, files.StepF
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "attempt", "expected"),
+    ("checkpoint", "attempt", "has_saved", "expected"),
     [
-        (None, 1, None),
-        ({"dir": None, "resume": None}, 0, None),
-        ({"dir": None, "resume": None}, 1, Wanted("checkpoints/gpt")),
-        ({"dir": "/disk/saved", "resume": "auto"}, 0, Wanted("/disk/saved")),
-        ({"dir": "saved", "resume": "20"}, 0, Wanted("saved", 20)),
-        ({"dir": "saved", "resume": "20"}, 1, Wanted("saved")),
-        ({"dir": None, "resume": "other/step-30/"}, 0, Wanted("other", 30)),
-        ({"dir": None, "resume": "other"}, 0, Wanted("other")),
+        (None, 1, True, ()),
+        ({"dir": None, "resume": None}, 0, False, ()),
+        ({"dir": None, "resume": None}, 1, False, (Wanted("checkpoints/gpt"),)),
+        ({"dir": "/disk/saved", "resume": "auto"}, 0, False, (Wanted("/disk/saved"),)),
+        ({"dir": "/disk/saved", "resume": "auto"}, 1, False, (Wanted("/disk/saved"),)),
+        ({"dir": "saved", "resume": "20"}, 0, False, (Wanted("saved", 20),)),
+        ({"dir": "saved", "resume": "20"}, 1, False, (Wanted("saved"), Wanted("saved", 20))),
+        ({"dir": "saved", "resume": "20"}, 1, True, (Wanted("saved"),)),
+        ({"dir": None, "resume": "other/step-30/"}, 0, False, (Wanted("other", 30),)),
+        ({"dir": None, "resume": "other"}, 0, False, (Wanted("other"),)),
+        ({"dir": None, "resume": "other"}, 2, False, (Wanted("checkpoints/gpt"), Wanted("other"))),
     ],
 )
-def test_what_an_attempt_goes_on_from(checkpoint: Any, attempt: int, expected: Wanted | None):
-    assert wanted_of(json.dumps({"name": "gpt", "checkpoint": checkpoint}), attempt) == expected
-    assert wanted_of(None, attempt) is None
+def test_what_an_attempt_goes_on_from(
+    checkpoint: Any, attempt: int, has_saved: bool, expected: tuple[Wanted, ...]
+):
+    assert wanted_of(json.dumps({"name": "gpt", "checkpoint": checkpoint}), attempt, has_saved) == expected
+    assert wanted_of(None, attempt, has_saved) == ()
 
 
 # --- the agent's side ----------------------------------------------------------------------------------------------
@@ -266,15 +285,38 @@ def test_what_is_sent_is_read_as_it_is_asked_for(worker: Callable[..., list[Any]
     assert failed == files.FileFailed(2, f"No such file or directory: {tmp_path}/missing")
 
 
-def write_step(folder: Path, step: int, every: dict[str, bytes], *names: str, checksum: str = "m") -> Path:
+def test_what_cannot_be_foreseen_ends_a_talk_alone(
+    worker: Callable[..., list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fails(root: Path) -> Any:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(agent_files, "inventory", fails)
+    assert worker(files.ListCheckpoints(1, ".")) == [files.FileFailed(1, "RuntimeError: odd")]
+    monkeypatch.undo()
+    (tmp_path / "saved").mkdir()
+    assert worker(take(6), files.Chunk(1, b"abc")) == [files.Taken(1)]
+    shutil.rmtree(tmp_path / "saved")
+    (tmp_path / "saved").touch()  # now its file cannot even be removed
+    (failed,) = worker(files.EndFile(1, ""))
+    assert failed == files.FileFailed(1, "expected 6 bytes of rank-0, found 3")
+    assert worker(files.ListCheckpoints(2, ".")) == [files.Inventory(2, {})]
+
+
+def write_step(folder: Path, step: int, every: dict[str, bytes], *names: str, run_id: str = "") -> Path:
     """A checkpoint's folder as a host has it: the manifest, and some of the files."""
     target = folder / f"step-{step}"
     target.mkdir(parents=True)
     listed = {name: len(data) for name, data in every.items()}
-    (target / FILE_NAME).write_text(json.dumps({"checksum": checksum, "files": listed, "tensors": []}))
+    text = Manifest(step, {}, {}, (), listed, {}, run_id=run_id, saved_at=1.5).to_text()
+    (target / FILE_NAME).write_text(text)
     for name in names:
         (target / name).write_bytes(every[name])
     return target
+
+
+def checksum_of(folder: Path) -> str:
+    return str(json.loads((folder / FILE_NAME).read_text())["checksum"])
 
 
 def test_an_inventory_knows_folders_with_a_manifest(tmp_path: Path):
@@ -283,19 +325,25 @@ def test_an_inventory_knows_folders_with_a_manifest(tmp_path: Path):
     (folder / "foreign").write_text("no file of the checkpoint's")
     (write_step(tmp_path, 6, every, "rank-0") / FILE_NAME).write_text("{damaged")
     (write_step(tmp_path, 7, every, "rank-0") / FILE_NAME).unlink()
+    changed = write_step(tmp_path, 10, every, "rank-0") / FILE_NAME
+    changed.write_text(changed.read_text().replace('"rank-1": 2', '"rank-1": 1'))
+    (write_step(tmp_path, 11, every) / FILE_NAME).write_text('{"files": {"rank-0": Infinity}, "checksum": "0"}')
     for name in ("step-8.tmp-1", "step-x", "step-09"):
         write_step(tmp_path, 8, every).rename(tmp_path / name)
     size = (folder / FILE_NAME).stat().st_size
-    expected = files.StepFiles("m", {"rank-0": 3, "rank-1": 2}, {FILE_NAME: size, "rank-0": 3})
+    expected = files.StepFiles(
+        checksum_of(folder), {"rank-0": 3, "rank-1": 2}, {FILE_NAME: size, "rank-0": 3}, saved_at=1.5
+    )
     assert inventory(tmp_path) == {5: expected}
     assert inventory(tmp_path / "missing") == {}
 
 
 def test_another_checkpoint_of_that_step_stands_aside(worker: Callable[..., list[Any]], tmp_path: Path):
-    write_step(tmp_path / "saved", 5, {"rank-0": b"old"}, "rank-0", checksum="old")
-    new = write_step(tmp_path / "new", 5, {"rank-0": b"new"}, "rank-0", checksum="new")
+    write_step(tmp_path / "saved", 5, {"rank-0": b"old"}, "rank-0", run_id="old")
+    new = write_step(tmp_path / "new", 5, {"rank-0": b"new"}, "rank-0", run_id="new")
+    checksum = checksum_of(new)
     new.rename(tmp_path / "saved" / "step-5.tmp-1")
-    assert worker(files.KeepFiles(2, "saved", "step-5.tmp-1", 5, "new")) == [files.Done(2)]
+    assert worker(files.KeepFiles(2, "saved", "step-5.tmp-1", 5, checksum)) == [files.Done(2)]
     assert (tmp_path / "saved" / "step-5" / "rank-0").read_bytes() == b"new"
     assert (tmp_path / "saved" / "step-5.left-1" / "rank-0").read_bytes() == b"old"
 
@@ -333,7 +381,7 @@ class FakeSession:
 
 
 def test_a_target_that_stalls_holds_its_source_back():
-    """And the head's memory: no more than a window is on its way."""
+    """And the head's memory, and its heartbeats: no more than one chunk is on its way."""
 
     def give(message: Any) -> list[Any]:
         return [files.Chunk(1, b"x")] * message.chunks if isinstance(message, files.More) else []
@@ -351,7 +399,8 @@ def test_a_target_that_stalls_holds_its_source_back():
     thread = threading.Thread(target=run)
     thread.start()
     time.sleep(0.5)
-    assert len([message for message in target.sent if isinstance(message, files.Chunk)]) == WINDOW
+    assert len([message for message in target.sent if isinstance(message, files.Chunk)]) == 1
+    assert sum(message.chunks for message in source.sent if isinstance(message, files.More)) == AHEAD
     stop.set()
     thread.join(5)
     assert ended == [TransferStopped]
@@ -461,7 +510,7 @@ def test_files_of_a_spare_come_to_the_attempt(fleet: Fleet, tmp_path: Path):
     bring_checkpoints(nodes, nodes[:2], Wanted("saved"), loop)  # type: ignore[arg-type]
     assert_complete(every, tmp_path / "a", tmp_path / "b")
     first, last = loop.notes
-    assert first == "checkpoint step-5: bringing 4 files (2.4 MB) from a, spare to b, a"
+    assert first == "checkpoint step-5: bringing 4 files (0.6 MB) from a, spare to b, a"
     assert last.startswith("checkpoint step-5: brought in ")
 
 
@@ -491,10 +540,51 @@ def test_hosts_that_share_a_folder_are_left_alone(fleet: Fleet, tmp_path: Path):
 
 
 def test_nobody_is_asked_where_all_take_part():
+    """Nor is a spare that still connects: it would take the question for its first word."""
     session = FakeSession(lambda message: [])
-    nodes = [Node(session, preflight.HostReport(Host("a")))]  # type: ignore[arg-type]
-    bring_checkpoints(nodes, nodes, Wanted("saved"), Loop(nodes))  # type: ignore[arg-type]
+    nodes = [Node(session, preflight.HostReport(Host(name))) for name in ("a", "spare")]  # type: ignore[arg-type]
+    bring_checkpoints(nodes, nodes[:1], Wanted("saved"), Loop(nodes))  # type: ignore[arg-type]
     assert session.sent == []
+
+
+def test_a_host_that_never_connects_ends_its_talks(monkeypatch: pytest.MonkeyPatch):
+    def connect(*words: Any) -> Any:
+        raise UnreachableError("far", "no connection", "")
+
+    monkeypatch.setattr(session_module, "connect", connect)
+    posted: list[Any] = []
+    logs: Any = None
+    host = HostSession(0, Host("far"), build_bundle(), ["python3"], logs, lambda index, it: posted.append(it))
+    _, answers = host.begin_talk()
+    host.start(ConnectOptions(), threading.Semaphore(1))
+    assert answers.get(timeout=5.0) is None
+    assert host.begin_talk()[1].get(timeout=5.0) is None
+    lab.wait_for(lambda: posted, "the failure", 5.0)
+
+
+def test_a_connection_closes_beside_a_write_that_is_stuck(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(local_transport, "CLOSE_WAIT_S", 0.2)
+    connection = LocalConnection(Host("here", transport="local"), "exec sleep 600")
+    ended: list[type] = []
+
+    def write() -> None:
+        try:
+            connection.write(bytes(1 << 20))  # more than the pipe holds, and nobody reads it
+        except OSError as error:
+            ended.append(type(error))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    time.sleep(0.2)
+    assert writer.is_alive()
+    at = time.monotonic()
+    connection.close()
+    writer.join(2.0)
+    assert ended == [BrokenPipeError]
+    assert time.monotonic() - at < 5.0
+    assert connection.process.stdout is not None
+    connection.process.stdout.close()
+    connection._errors.close()
 
 
 @pytest.mark.lab

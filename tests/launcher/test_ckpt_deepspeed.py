@@ -190,6 +190,8 @@ OTHER_SHAPES = [{"block.weight": (400, 5), "embed.weight": (), "scale": ()}, {"h
         (2, in_model(param_shapes=3), "expected files as DeepSpeed writes them, found TypeError"),
         (2, in_model(module=None), "expected a module's state_dict of DeepSpeed, found none"),
         (2, in_optimizer(single_partition_of_fp32_groups=None), "expected files as DeepSpeed writes them, found"),
+        (2, in_optimizer(zero_stage="two"), "expected files as DeepSpeed writes them, found ValueError"),
+        (2, in_optimizer(zero_stage=None), "expected files as DeepSpeed writes them, found TypeError"),
         (3, in_optimizer(fp32_flat_groups=[torch.zeros(2)]), "elements in the fp32 parts, found"),
         (3, in_model(frozen_param_fragments=None), "expected files as DeepSpeed writes them, found"),
         (2, lambda name, held: held.pop("optimizer_state_dict", None), "expected optimizer_state_dict of DeepSpeed"),
@@ -211,7 +213,7 @@ def test_without_names_the_modules_own_numbers_are_taken() -> None:
     assert same_bits(imported()["model.embed.weight"], training.parameters["embed.weight"].bfloat16())
 
 
-@pytest.mark.parametrize("tag", ["", "nowhere", "../given/global_step6", "global_step6/.."])
+@pytest.mark.parametrize("tag", ["", "nowhere", ".", "..", "../given/global_step6", "global_step6/.."])
 def test_a_latest_that_leads_nowhere(tag: str) -> None:
     save_deepspeed(Path("given"), Training.random(), 2, 1)
     Path("given/latest").write_text(tag)

@@ -164,6 +164,7 @@ def test_spares_are_left_alone_where_there_are_no_restarts(light, start, script,
     assert run.wait() == 0, run.err
     assert "spare:" not in run.err
     assert "set aside" not in run.err
+    assert "dstrain: 1 spare host is not used: " in run.err
     run = start("-H", hostfile(tmp_path, "h1 spare"), script("print(1)"), folder=tmp_path / "second")
     assert run.wait() == 2
     assert "at least one host that is no spare" in run.err

@@ -224,6 +224,28 @@ def test_values_of_run_env_are_masked_and_not_sent_along(tmp_path: Path, monkeyp
     assert made.to_json()["environment"] == {"WANDB_API_KEY": "***", "LR": "1"}
 
 
+def test_restarts_are_what_spares_and_fewer_hosts_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "x.py").touch()
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1 spare\n")
+    monkeypatch.chdir(tmp_path)
+    target, hostfile = Target("script", "x.py"), tmp_path / "hosts"
+    with pytest.raises(UsageError, match=r"^--min-nodes: expected restarts, which it is for, found none; give --max-r"):
+        build_request(RunOptions(hostfile=hostfile, min_nodes=1), target)
+    made, _ = build_request(RunOptions(hostfile=hostfile), target)
+    assert made.spares == ()
+    assert made.notes == ("1 spare host is not used: without --max-restarts there is nothing to wait for",)
+    made, _ = build_request(RunOptions(hostfile=hostfile, min_nodes=1, max_restarts=1), target)
+    assert [host.name for host in made.spares] == ["b"]
+    assert made.notes == ()
+
+
+def test_a_resume_of_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "x.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"^--resume: expected auto, a step or a path, found nothing$"):
+        build_request(RunOptions(resume=""), Target("script", "x.py"))
+
+
 def test_a_prologue_that_hangs_or_leaves_a_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(host_facts, "PROLOGUE_TIMEOUT_S", 1.0)
     with pytest.raises(host_facts.PrologueError, match="did not end within 1 s"):

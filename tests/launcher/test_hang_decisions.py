@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dstrain.launcher import stacks
+from dstrain.launcher.attempt import Attempt
 from dstrain.launcher.blame import Standing, blame
 from dstrain.launcher.hang import ALONE_S, LONG_S, USUAL_S, HangWatch, Progress, bound_s
-from dstrain.launcher.plan import Target
+from dstrain.launcher.hostfile import Host
+from dstrain.launcher.node import Node
+from dstrain.launcher.plan import Request, Target, make_plan
+from dstrain.launcher.preflight import HostReport
 from dstrain.launcher.request import RunOptions, build_request
 from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.frames import Paused
 
 TORCH = "/v/lib/python3.11/site-packages/torch"
 RUNTIME = "/root/.cache/dstrain/abc/dstrain/runtime"
@@ -165,6 +171,7 @@ def test_bounds() -> None:
     assert bound_s(None, 0.5, has_pace=False, others_wait=True) == LONG_S
     assert bound_s(None, 100.0, has_pace=False, others_wait=True) == 1000.0
     assert bound_s(None, 0.5, has_pace=True, others_wait=False) == ALONE_S
+    assert bound_s(None, 0.5, has_pace=True, others_wait=False, are_apart=True) == LONG_S
     assert bound_s(3.0, 20.0, has_pace=True, others_wait=False) == 3.0
     assert bound_s(3.0, None, has_pace=False, others_wait=True) == LONG_S
     assert bound_s(2000.0, None, has_pace=False, others_wait=False) == 2000.0
@@ -214,7 +221,7 @@ def test_any_event_shows_that_a_rank_lives() -> None:
     watch = stepping(6.0)
     assert watch.should_ask({0, 1}, 14.0)
     for rank in (0, 1):
-        watch.progress.take(rank, {"kind": "validation", "step": 10}, 13.5)
+        watch.progress.take(rank, {"kind": "alive", "step": 10}, 13.5)
     assert not watch.should_ask({0, 1}, 14.0)
 
 
@@ -264,11 +271,13 @@ def test_steps_that_go_on_begin_anew() -> None:
 
 
 def test_automatic_times() -> None:
-    """A minute where others wait; nine where it may take long, half an hour where nobody is kept waiting."""
+    """A minute where others wait; nine where it may take long, or two are apart; half an hour where nobody is kept
+    waiting."""
     both = {0, 1}
     saving = [standing(0), standing(1, text((f"{RUNTIME}/checkpoint/save.py", 9, "write"), SCRIPT))]
-    busy = [standing(0, LOADING, "R"), standing(1, text(("/job/data.py", 99, "other")), "R")]
-    for ranks, bound in ((HUNG, 60.0), (saving, 540.0), (busy, 1800.0)):
+    busy = [standing(0, LOADING, "R"), standing(1, LOADING, "R")]
+    apart = [standing(0, LOADING, "R"), standing(1, text(("/job/data.py", 99, "other")), "R")]
+    for ranks, bound in ((HUNG, 60.0), (saving, 540.0), (apart, 540.0), (busy, 1800.0)):
         watch = stepping(None)
         assert not watch.should_ask(both, 10.0 + 29.0)
         for silent in range(30, 2000):
@@ -299,6 +308,20 @@ def test_a_rank_in_a_debugger_is_left_alone() -> None:
     in_pdb = [standing(0), standing(1, text(("/usr/lib/python3.11/pdb.py", 3, "cmdloop"), LOADS))]
     for ranks in (traced, in_pdb):
         assert stepping(6.0).judge(ranks, both, 1000.0) is None
+
+
+@pytest.mark.parametrize(("hang_s", "ends"), [(0.0, False), (None, True)])
+def test_a_stopped_rank_is_a_note_alone_where_nothing_is_a_hang(hang_s: float | None, ends: bool) -> None:
+    """Whoever stopped it may have asked for just that."""
+    target = Target("script", "x.py")
+    plan = make_plan(Request(target, (Host("h0", slots=1),), "/job", hang_s=hang_s), "id", [1])
+    node = Node(SimpleNamespace(index=0, send=lambda message: None), HostReport(Host("h0")))  # type: ignore[arg-type]
+    notes: list[str] = []
+    attempt = Attempt(0, plan, [node], None, notes.append)  # type: ignore[arg-type]
+    attempt.take(node, Paused({"0": 60.0}))
+    attempt.look()
+    assert notes == ["rank 0 on h0 is stopped (SIGSTOP): the others wait for it"]
+    assert (attempt.finished() is not None) is ends
 
 
 def test_a_bound_that_is_no_number(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,18 @@ def test_a_failure_that_nothing_follows() -> None:
     )
 
 
+def test_a_wait_for_an_attempt_that_never_began() -> None:
+    story = Story()
+    story.launch(0)
+    story.steps(1, 5, 1)
+    story.launcher(8, "failure")
+    story.launcher(9, "ended")
+    story.launcher(39, "run_end", exit_code=130, origin="launcher")
+    assert parts(story.ledger) == pytest.approx(
+        {"total_s": 39, "startup_s": 1, "trained_s": 5, "detection_s": 2, "teardown_s": 1, "restart_s": 30}
+    )
+
+
 def test_going_back_within_an_attempt() -> None:
     story = Story()
     story.launch(0)
@@ -214,6 +226,8 @@ EVENT = st.fixed_dictionaries(
         "attempt": st.one_of(st.integers(0, 3), ODD),
         "step": st.one_of(st.integers(0, 20), ODD),
         **dict.fromkeys(["step_s", "seconds", "stall_s", "clock_offset_s", "detected_ts", "headline"], ODD),
+        "origin": st.one_of(st.just("launcher"), ODD),
+        "exit_code": st.one_of(st.just(130), ODD),
     },
 )
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lab
 from dstrain.launcher.hostfile import Host
+from dstrain.launcher.node import Node
+from dstrain.launcher.plan import Request, Target, make_plan
 from dstrain.launcher.preflight import HostReport
 from dstrain.launcher.replan import fit, micro_batch, regroup, spread
 from dstrain.launcher.restarts import LONG_S, AttemptRecord, Furthest, History, delay_s, exception_line, kind_of
 from dstrain.launcher.root_cause import Cause, Failure, root_cause
 from dstrain.launcher.store_address import who_cannot_meet
+from dstrain.launcher.supervisor import Supervisor
+from dstrain.launcher.team import Team
 from dstrain.runtime.spec.frames import Dialled, Listening
 
 TRACEBACK = "Traceback (most recent call last):\n  File 'x', line {}\n    go()\n{}\n"
@@ -290,3 +297,54 @@ def reports(listening: list[str] | None, *reached: list[str] | None) -> list[Hos
 def test_who_is_to_blame_when_hosts_do_not_meet(found, blamed):
     assert list(who_cannot_meet(found)) == blamed
     assert all(who_cannot_meet(found).values())
+
+
+# --- hosts that were set aside -------------------------------------------------------------------------------
+
+
+def team_of(*names: str) -> tuple[Team, list[Node], list[str]]:
+    """A team of hosts that are well, and the names of those whose connection was closed."""
+    closed: list[str] = []
+
+    def node(name: str) -> Node:
+        session: Any = SimpleNamespace(close=lambda: closed.append(name), heard_at=time.monotonic())
+        return Node(session, HostReport(Host(name, slots=1)), connected=True, ended_attempt=0)
+
+    nodes = [node(name) for name in names]
+    request = Request(Target("script", "x.py"), tuple(one.report.host for one in nodes), "/job", max_restarts=1)
+    return Team(request, nodes, lambda text: None), nodes, closed
+
+
+@pytest.mark.parametrize("keep_connected", [True, False])
+def test_a_host_that_is_well_keeps_its_connection(keep_connected: bool):
+    """It takes no part any more, but its disk does."""
+    team, (first, second), closed = team_of("a", "b")
+    team.set_aside(second, "its ranks were the root cause twice in a row", keep_connected)
+    assert team.active == [first]
+    assert list(team.aside) == ["b"]
+    assert (second.gone is None) is keep_connected
+    lab.wait_for(lambda: closed == ([] if keep_connected else ["b"]), "the connection", 5.0)
+    second.gone = "nothing heard from it for 9 s"
+    team.drop(0)
+    assert (team.active, team.fence) == ([first], 0.0)
+
+
+def test_the_next_attempt_begins_when_a_host_that_was_cut_off_has_surely_ended():
+    team, (_, second), _ = team_of("a", "b")
+    second.gone = "nothing heard from it for 8 s"
+    team.drop(0)
+    assert team.fence == second.session.heard_at + (12 + 2 * 1 + 5)
+
+
+def test_a_clock_is_of_the_host_that_has_rank_0_now():
+    team, nodes, _ = team_of("a", "b")
+    for node, ahead_s in zip(nodes, (5, 7), strict=True):
+        node.clock_offset_ns = ahead_s * 10**9
+    team.set_aside(nodes[0], "it was lost", keep_connected=True)
+    plan = make_plan(Request(Target("script", "x.py"), (Host("b", slots=1),), "/job"), "id", [1])
+    written: list[dict[str, Any]] = []
+    events = SimpleNamespace(begin_attempt=lambda: None, write=lambda number, kind, **fields: written.append(fields))
+    console = SimpleNamespace(send=lambda kind, **fields: None)
+    supervisor: Any = SimpleNamespace(plan=plan, nodes=nodes, team=team, events=events, console=console)
+    Supervisor._say_start(supervisor, 1)
+    assert [event["clock_offset_s"] for event in written] == [7.0]

@@ -75,6 +75,14 @@ def test_one_process_and_ranks_train_alike(
         assert losses(events, "step", "lr") == losses(alone, "step", "lr")
 
 
+def test_a_long_validation_says_that_it_lives(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 samples in batches of 2."""
+    monkeypatch.setattr(trainer, "ALIVE_S", -1.0)
+    events = train_with_events(job, tmp_path / "events", monkeypatch)
+    kinds = [(event["kind"], event["step"]) for event in events if event["kind"] in ("alive", "validation")]
+    assert kinds == [*[("alive", 4)] * 4, ("validation", 4), *[("alive", 6)] * 4, ("validation", 6)]
+
+
 @pytest.mark.parametrize("samples", [5, 1])
 def test_ranks_validate_on_unequal_shares_where_parameters_are_gathered(
     run_ranks: RunRanks, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
@@ -184,6 +192,7 @@ def test_the_launchers_job_is_read_from_the_environment(
     [
         (["--set", "data.path=nowhere"], "data.path: cannot read nowhere: No such file or directory"),
         (["--set", "train.stepz=3"], "--set train.stepz=3: train.stepz: expected one of "),
+        (["--resume", ""], "--resume: expected auto, a step or a path, found nothing"),
         (
             ["--set", "batch.global=13", "--set", "batch.micro=13", "--set", "data.validation_fraction=0.005"],
             "data.path: expected at least 32 tokens (twice sequence_length), found 22; ",

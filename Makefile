@@ -43,7 +43,8 @@ test: install-dev system-packages lint
 	$(BIN)/python -m pytest -m "not slow" -n 4 --dist worksteal
 
 test-all: test
-	$(BIN)/python -m pytest -m "slow"
+	$(BIN)/python -m pytest -m "slow and not alone" -n 3 --dist worksteal
+	$(BIN)/python -m pytest -m "alone"
 
 clean:
 	rm -rf $(VENV) .stamps build dist *.egg-info

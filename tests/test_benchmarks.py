@@ -18,6 +18,7 @@ def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_table_of_stages() -> None:
     done = run("zero.py", "table", "1", "ddp", "stage0", "stage3", "--tiny")
     assert done.returncode == 0, done.stderr
@@ -26,6 +27,7 @@ def test_the_table_of_stages() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_memory_of_a_large_model() -> None:
     done = run("zero.py", "large", "1", "--tiny")
     assert done.returncode == 0, done.stderr
@@ -33,6 +35,7 @@ def test_the_memory_of_a_large_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_saves() -> None:
     done = run("checkpoint.py", "save", "2", "--tiny")
     assert done.returncode == 0, done.stderr
@@ -41,6 +44,7 @@ def test_saves() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_what_comparing_replicas_costs() -> None:
     done = run("train.py", "checks", "1", "--tiny")
     assert done.returncode == 0, done.stderr
@@ -48,6 +52,7 @@ def test_what_comparing_replicas_costs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_ranks_that_share_a_device() -> None:
     done = run("gpu.py", "two", "--tiny")
     assert done.returncode == 0, done.stderr
@@ -56,6 +61,7 @@ def test_two_ranks_that_share_a_device() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.alone
 def test_the_gpu_benchmark_says_that_there_is_none() -> None:
     done = run("gpu.py", "step")
     assert done.returncode == 2

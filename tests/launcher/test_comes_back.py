@@ -145,6 +145,7 @@ def test_a_spare_that_is_down_does_not_stop_the_start(light, start, script, tmp_
     assert run.err.count("set aside") == 1
 
 
+@pytest.mark.slow
 def test_a_spare_that_is_lost_while_it_waits_is_a_note(net, start, script, tmp_path):
     file = hostfile(tmp_path, "na slots=1", "nb slots=1 spare")
     run = start("-H", file, "--max-restarts", "1", script(WAIT_FOR_GO), env=net.env)
@@ -158,6 +159,7 @@ def test_a_spare_that_is_lost_while_it_waits_is_a_note(net, start, script, tmp_p
     assert len(run.report["attempts"]) == 1
 
 
+@pytest.mark.slow
 def test_spares_are_left_alone_where_there_are_no_restarts(light, start, script, tmp_path):
     file = hostfile(tmp_path, "h1 slots=1", "down spare addr=127.0.0.1 port=1")
     run = start("-H", file, script("print(1)"), env=light.env)
@@ -185,6 +187,7 @@ def test_two_failures_alike_stop_the_restarts(start, script):
     assert "ValueError" in run.report["cause"]["detail"]
 
 
+@pytest.mark.slow
 def test_failures_with_progress_between_them_do_not(start, script):
     text = """
 import json, os
@@ -235,7 +238,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lab.NetLab]:
 
 DRILLS = [
     pytest.param(["nd slots=1 spare"], [], ["na", "nc", "nd"], id="spare"),
-    pytest.param([], ["--min-nodes", "2"], ["na", "nc"], id="fewer"),
+    pytest.param([], ["--min-nodes", "2"], ["na", "nc"], id="fewer", marks=pytest.mark.slow),
 ]
 
 

@@ -67,8 +67,8 @@ def stacks_of(run: Any, attempt: int = 0) -> dict[int, str]:
     "fault",
     [
         "while True: pass",
-        "time.sleep(600)",
-        "os.read(os.pipe()[0], 1)",
+        pytest.param("time.sleep(600)", marks=pytest.mark.slow),
+        pytest.param("os.read(os.pipe()[0], 1)", marks=pytest.mark.slow),
     ],
 )
 def test_the_rank_that_the_others_wait_for_is_named(light, start, script, fault):
@@ -177,7 +177,7 @@ train: {steps: 1000, loss: "torch.nn.functional:cross_entropy"}
 """
 
 
-@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("prefetch", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_data_set_that_blocks_is_named_also_in_its_thread(start, tmp_path: Path, prefetch):
     """The rank's main thread only waits for its loader; the line that is to blame is on another."""
     (tmp_path / "digits.py").write_text(DATA)

@@ -70,6 +70,7 @@ signal.pause()
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_hundred_parallel_launches_without_one_port_error(start, script, tmp_path):
     """All at once, all on one address: every one gets a port of its own and finishes its rendezvous."""
     path = script("import torch.distributed as d; d.init_process_group('gloo'); d.barrier(); d.destroy_process_group()")

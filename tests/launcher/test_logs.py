@@ -107,7 +107,7 @@ def peak_bytes(pid: int) -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
-@pytest.mark.parametrize("count", [200_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.alone])])
 def test_a_flood_of_lines_arrives_in_full_and_takes_no_memory(light, start, script, tmp_path, count):
     run = start("-H", light.hostfile(1, ["h1", "h2"]), script(FLOOD), count, env=light.env)
     expected = {rank: b"".join(b"%d %07d %s\n" % (rank, n, b"x" * 69) for n in range(count)) for rank in range(2)}

@@ -199,6 +199,7 @@ accelerator.end_training()
 """
 
 
+@pytest.mark.slow
 def test_transformers_trainer(light, start, script, tmp_path):
     run = start(*two_hosts(light), script(TRANSFORMERS), tmp_path / "out", env=light.env)
     assert run.wait(120) == 0, run.err
@@ -207,6 +208,7 @@ def test_transformers_trainer(light, start, script, tmp_path):
     assert len({words[4] for words in found}) == 1
 
 
+@pytest.mark.slow
 def test_lightning_fit(light, start, script):
     run = start(*two_hosts(light), script(LIGHTNING), env=light.env)
     assert run.wait(120) == 0, run.err
@@ -216,6 +218,7 @@ def test_lightning_fit(light, start, script):
     assert len({words[5] for words in found}) == 1
 
 
+@pytest.mark.slow
 def test_accelerate(light, start, script):
     run = start(*two_hosts(light), script(ACCELERATE), env=light.env)
     assert run.wait(120) == 0, run.err

@@ -98,6 +98,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[nn.Module], 
 
 
 @pytest.mark.parametrize("make", [lambda: with_dropout(gpt()), llama])
+@pytest.mark.slow
 def test_compiled_it_has_the_same_gradients_from_less_memory(
     make: Callable[[], nn.Module], compiled: Callable[[nn.Module], Callable[..., Any]]
 ) -> None:

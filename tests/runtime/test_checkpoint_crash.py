@@ -104,7 +104,9 @@ SCENES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize(
+    "scene", [pytest.param(one, marks=[pytest.mark.slow] if one.startswith("in place") else []) for one in SCENES]
+)
 def test_a_kill_at_any_call_leaves_whole_checkpoints(
     before: tuple[Path, Engine, dict[int, Numbers]], tmp_path: Path, scene: str
 ) -> None:

@@ -236,7 +236,7 @@ def test_accumulation_communicates_once(run_ranks: RunRanks) -> None:
 
     elements = sum(parameter.numel() for parameter in gpt().parameters())
     for once, six_micro_batches in run_ranks(2, work):
-        assert once == six_micro_batches == 4 * elements + 56  # 2·(N−1)/N = 1; seven doubles of the step
+        assert once == six_micro_batches == 4 * elements + 64  # 2·(N−1)/N = 1; eight doubles of the step
 
 
 class Recording(Communicator):
@@ -360,7 +360,7 @@ def uneven(step: int) -> list[Tensor]:
     return [torch.randint(8, (1, length + 1), generator=generator) for length in lengths]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_fifty_steps_of_uneven_samples_are_the_same_in_every_layout(run_ranks: RunRanks, ranks: int) -> None:
     """Each micro-batch has another number of tokens; with accumulation and clipping the losses agree to 1e-5."""
 

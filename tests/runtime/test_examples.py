@@ -143,6 +143,7 @@ def test_an_example_runs_on_two_ranks(start: Callable[..., Any], name: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "bound"), [("gpt", 1.8), ("vision", 0.15), ("recommendation", 0.49)])
+@pytest.mark.alone
 def test_an_example_learns_what_it_promises(start: Callable[..., Any], name: str, bound: float) -> None:
     run = start(EXAMPLES / f"{name}.yaml")
     assert run.wait(600) == 0, run.err

@@ -233,6 +233,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_false_alarm_in_200_steps(run_ranks: RunRanks, small_slices: None, layout: str, dtype: str) -> None:

@@ -68,7 +68,13 @@ def train(engine: Engine, first: int, steps: int = STEPS) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision"), [("adamw", "fp32"), ("adafactor", "fp32"), ("muon", "fp32"), ("adamw", "bf16")]
+    ("optimizer", "precision"),
+    [
+        ("adamw", "fp32"),
+        pytest.param("adafactor", "fp32", marks=pytest.mark.slow),
+        pytest.param("muon", "fp32", marks=pytest.mark.slow),
+        pytest.param("adamw", "bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_every_stage_goes_on_from_every_other(
     run_ranks: RunRanks, tmp_path: Path, optimizer: str, precision: str

@@ -375,6 +375,7 @@ def by_attributes(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_compiled(run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the backend that traces forward and backward, but leaves out the slow generation of code: no hook of ours
     breaks the graph, and no step is compiled anew."""

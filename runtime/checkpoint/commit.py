@@ -57,8 +57,8 @@ def retire(root: Path, step: int, keep_last: int | None, keep_every: int | None)
     """Behind the commit of `step`: what it has replaced, and those before it that are too many, go; those after it are
     of another life. What is damaged does not count among the last. Raises OSError."""
     target = folder_of(root, step)
-    for old in root.glob(f"{target.name}.old-*"):
-        _delete(old)
+    for aside in root.glob(f"{target.name}.old-*"):
+        _delete(aside)
     leave_later(root, step)
     if keep_last is None:
         return

@@ -394,9 +394,12 @@ def save(
     Raises CheckpointError on all ranks, with the cause; what was there before is untouched then.
     """
     saver = Saver(engine, root, keep_last, keep_every)
-    path = saver.begin(extra)
-    saver.finish()
-    saver.raise_problems()
+    try:
+        path = saver.begin(extra)
+        saver.finish()
+        saver.raise_problems()
+    finally:
+        saver.close()
     return path
 
 

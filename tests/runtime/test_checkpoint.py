@@ -370,6 +370,8 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(small_disk: Path) -> None
         engine.save_checkpoint(small_disk)
     assert [path.name for path in small_disk.iterdir()] == ["step-1"]
     assert read_newest(small_disk)[0].step == 1
+    assert engine.saver is not None
+    engine.saver.close()
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_the_first_step(

@@ -191,9 +191,7 @@ def _versions(inventories: Inventories, step: int) -> list[_Version]:
 # --- the carrying ----------------------------------------------------------------------------------------------
 
 
-def bring_checkpoints(
-    nodes: Sequence[Node], participating: Sequence[Node], wanted: Wanted, loop: EventLoop
-) -> None:
+def bring_checkpoints(nodes: Sequence[Node], participating: Sequence[Node], wanted: Wanted, loop: EventLoop) -> None:
     """Before an attempt that goes on from a checkpoint: let its hosts hold all of it, if hosts outside of it do.
 
     nodes: all hosts of the run; one that still connects is not waited for. Returns at once where all of them take part.

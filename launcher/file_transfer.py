@@ -48,7 +48,6 @@ class Talk:
         self.session.end_talk(self.number)
         self.session.send(files.Forget(self.number))
 
-
     def hear(self) -> files.FileAnswer | files.Chunk:
         """The next answer. Raises TransferError, TransferStopped."""
         deadline = time.monotonic() + ANSWER_TIMEOUT_S

@@ -206,9 +206,7 @@ def test_a_plan_makes_the_newest_complete(hosts: dict[str, dict[int, files.StepF
         ({"dir": None, "resume": "other"}, 2, False, (Wanted("checkpoints/gpt"), Wanted("other"))),
     ],
 )
-def test_what_an_attempt_goes_on_from(
-    checkpoint: Any, attempt: int, has_saved: bool, expected: tuple[Wanted, ...]
-):
+def test_what_an_attempt_goes_on_from(checkpoint: Any, attempt: int, has_saved: bool, expected: tuple[Wanted, ...]):
     assert wanted_of(json.dumps({"name": "gpt", "checkpoint": checkpoint}), attempt, has_saved) == expected
     assert wanted_of(None, attempt, has_saved) == ()
 

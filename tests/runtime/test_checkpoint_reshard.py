@@ -87,7 +87,7 @@ def load_by_each(
                     load(engine, folder / str(source))
                     save(engine, folder / "again" / str(layout) / str(source))
 
-        run_ranks(layout[0], go_on)
+        run_ranks(layout[0], go_on, timeout_s=300.0)
         for source in sources:
             found.add(canonical_hash(folder / "again" / str(layout) / str(source) / "step-3"))
     return found

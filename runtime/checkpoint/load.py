@@ -161,7 +161,8 @@ def _look(folder: Path) -> tuple[str, _View]:
     try:
         text = (folder / FILE_NAME).read_text(encoding="utf-8")
         manifest = Manifest.parse(text, folder / FILE_NAME)
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        with os.scandir(folder) as entries:
+            sizes = {entry.name: entry.stat().st_size for entry in entries}
     except CheckpointError as error:
         return "", _View(problem=str(error))
     except OSError as error:

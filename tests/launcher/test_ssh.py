@@ -63,7 +63,7 @@ def test_an_idle_connection_sleeps_and_is_closed_at_once(ways, way):
     connection.close()
     reader.join(5)
     assert time.monotonic() - at < 1.0
-    assert not programs()
+    lab.wait_for(lambda: not programs(), "the program's end", 5)
 
 
 def test_the_end_of_a_proxy_command_is_the_end_of_the_connection(ways):

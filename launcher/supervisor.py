@@ -39,6 +39,7 @@ from dstrain.runtime.spec.exit_codes import ExitCode
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 8.0  # no byte from a host for this long: it is lost (the promise: noticed within 10 s)
+LOCAL_SILENCE_S = 60.0  # of this machine: a pipe's end tells at once of a death; a busy machine may be silent for long
 FACTS_TIMEOUT_S = 90.0  # connecting, sending the package, and a prologue
 PRELOAD_TIMEOUT_S = 300.0  # importing torch from a cold network disk
 MAX_CONNECTING = 64
@@ -339,7 +340,7 @@ class Supervisor:
             if node.report.facts is None or node.gone is not None:
                 continue
             silent_s = node.session.silent_s()
-            if silent_s > SILENCE_S:
+            if silent_s > (LOCAL_SILENCE_S if node.report.host.transport == "local" else SILENCE_S):
                 self._lose(node, f"nothing heard from it for {silent_s:.0f} s", agent_lost=False)
 
     # --- what the hosts say ----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Pipeline schedules as data: built and simulated without torch.
+"""Pipeline schedules as data: built, read, proved and simulated without torch.
 
-make_schedule(name, …)                      a Schedule: for each rank its Actions in order
+make_schedule(name, …), read_csv(path, …)   a Schedule: for each rank its Actions in order
 check(schedule)                             each action once, in an order that ends
 simulate(schedule, costs)                   a Timeline: spans, makespan, bubble, activations in flight
 draw_text(timeline), draw_svg(timeline)
@@ -8,8 +8,10 @@ draw_text(timeline), draw_svg(timeline)
 
 from dstrain.runtime.spec.schedule.action import Action, Kind
 from dstrain.runtime.spec.schedule.catalog import NAMES, make_schedule
+from dstrain.runtime.spec.schedule.csv_file import read_csv, write_csv
 from dstrain.runtime.spec.schedule.plan import Schedule
 from dstrain.runtime.spec.schedule.simulator import UNIT, Costs, Span, Timeline, simulate
+from dstrain.runtime.spec.schedule.validation import check
 
 __all__ = [
     "NAMES",
@@ -20,6 +22,9 @@ __all__ = [
     "Schedule",
     "Span",
     "Timeline",
+    "check",
     "make_schedule",
+    "read_csv",
     "simulate",
+    "write_csv",
 ]

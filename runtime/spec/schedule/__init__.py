@@ -1,4 +1,4 @@
-"""Pipeline schedules as data: built, read, proved and simulated without torch.
+"""Pipeline schedules as data: built, read, proved, simulated and drawn without torch.
 
 make_schedule(name, …), read_csv(path, …)   a Schedule: for each rank its Actions in order
 check(schedule)                             each action once, in an order that ends
@@ -11,6 +11,8 @@ from dstrain.runtime.spec.schedule.catalog import NAMES, make_schedule
 from dstrain.runtime.spec.schedule.csv_file import read_csv, write_csv
 from dstrain.runtime.spec.schedule.plan import Schedule
 from dstrain.runtime.spec.schedule.simulator import UNIT, Costs, Span, Timeline, simulate
+from dstrain.runtime.spec.schedule.svg_drawing import draw_svg
+from dstrain.runtime.spec.schedule.text_drawing import draw_text
 from dstrain.runtime.spec.schedule.validation import check
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "Span",
     "Timeline",
     "check",
+    "draw_svg",
+    "draw_text",
     "make_schedule",
     "read_csv",
     "simulate",

@@ -1,9 +1,11 @@
 """Pipeline schedules as data: built, read, proved, simulated and drawn without torch.
 
-make_schedule(name, …), read_csv(path, …)   a Schedule: for each rank its Actions in order
-check(schedule)                             each action once, in an order that ends
-simulate(schedule, costs)                   a Timeline: spans, makespan, bubble, activations in flight
-draw_text(timeline), draw_svg(timeline)
+    make_schedule(name, …), read_csv(path, …)   a Schedule: for each rank its Actions in order
+    check(schedule)                             each action once, in an order that ends
+    simulate(schedule, costs)                   a Timeline: spans, makespan, bubble, activations in flight
+    draw_text(timeline), draw_svg(timeline)
+
+Standard library only.
 """
 
 from dstrain.runtime.spec.schedule.action import Action, Kind

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.runtime.spec.errors import ScheduleError, UsageError
-from dstrain.runtime.spec.schedule import NAMES, Action, Schedule, check, make_schedule, read_csv, write_csv
+from dstrain.runtime.spec.schedule import SCHEDULE_NAMES, Action, Schedule, check, make_schedule, read_csv, write_csv
 
 
 def edited(name: str, rank: int, old: str, new: str) -> Schedule:
@@ -21,7 +21,7 @@ def edited(name: str, rank: int, old: str, new: str) -> Schedule:
     return replace(schedule, ranks=tuple(ranks))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
 def test_ours_pass(name: str) -> None:
     for ranks, micro_batches in ((1, 1), (2, 8), (4, 3), (5, 13), (8, 32)):
         check(make_schedule(name, ranks, micro_batches))
@@ -86,7 +86,7 @@ def test_numbers_that_do_not_fit(schedule: Schedule, message: str) -> None:
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(1, 1), (2, 8), (4, 7), (3, 12)])
 def test_csv_written_and_read(tmp_path: Path, name: str, ranks: int, micro_batches: int) -> None:
     schedule, path = make_schedule(name, ranks, micro_batches), tmp_path / "mine.csv"

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from dstrain.runtime.spec.errors import UsageError
-from dstrain.runtime.spec.schedule import NAMES, UNIT, Costs, draw_svg, draw_text, make_schedule, simulate
+from dstrain.runtime.spec.schedule import SCHEDULE_NAMES, UNIT, Costs, draw_svg, draw_text, make_schedule, simulate
+from dstrain.runtime.spec.schedule.svg_drawing import COLOURS
 
+FIRST = {first for first, _ in COLOURS.values()}
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -35,7 +37,7 @@ def test_later_stages_of_a_rank_are_in_lower_case() -> None:
     assert "3f0-" in draw_text(timeline, 120)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
 @pytest.mark.parametrize("width", [40, 80, 133, 400])
 def test_text_is_to_scale_and_no_wider_than_asked(name: str, width: int) -> None:
     timeline = simulate(make_schedule(name, 4, 8), UNIT)
@@ -54,7 +56,7 @@ def test_text_needs_some_width() -> None:
         draw_text(simulate(make_schedule("1f1b", 2, 3)), 39)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
 def test_svg_has_every_action_at_its_time(name: str) -> None:
     timeline = simulate(make_schedule(name, 3, 5), Costs(0.010, 0.012, 0.007, 0.001))
     root = ElementTree.fromstring(draw_svg(timeline))
@@ -68,6 +70,7 @@ def test_svg_has_every_action_at_its_time(name: str) -> None:
     for rect, span in zip(cells, spans, strict=True):
         assert float(rect.attrib["x"]) == pytest.approx(left + span.start_s * scale, abs=0.02)
         assert float(rect.attrib["width"]) == pytest.approx((span.end_s - span.start_s) * scale, abs=0.02)
+    assert all((rect.get("fill") in FIRST) == (span.action.stage < 3) for rect, span in zip(cells, spans, strict=True))
     texts = [text.text for text in root.iter(f"{SVG}text")]
     assert f"bubble {100 * timeline.bubble:.1f} %" in str(texts[0])
     assert {"rank 0", "rank 1", "rank 2", "forward", "4"} <= set(texts)

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.runtime.spec.errors import ScheduleError, UsageError
-from dstrain.runtime.spec.schedule import NAMES, Action, Costs, Kind, Schedule, Timeline, make_schedule, simulate
+from dstrain.runtime.spec.schedule import (
+    SCHEDULE_NAMES,
+    Action,
+    Costs,
+    Kind,
+    Schedule,
+    Timeline,
+    make_schedule,
+    simulate,
+)
 
 
 def rows(*texts: str) -> tuple[tuple[Action, ...], ...]:
@@ -42,7 +51,7 @@ def test_stages_on_one_rank_need_no_message() -> None:
 
 
 @settings(max_examples=50)
-@given(st.data(), st.sampled_from(NAMES), st.integers(1, 5), st.integers(1, 8))
+@given(st.data(), st.sampled_from(SCHEDULE_NAMES), st.integers(1, 5), st.integers(1, 8))
 def test_every_start_is_as_early_as_its_needs_allow(data: st.DataObject, name: str, p: int, m: int) -> None:
     """Against the definition: an action starts at the end of the row's last, or when its last message arrives."""
     schedule = make_schedule(name, p, m)
@@ -122,6 +131,15 @@ def test_who_only_waits_for_a_deadlock_is_not_to_blame() -> None:
     assert text.count(">") == 2
     assert ">1B0<" in text
     assert ">2F1<" in text
+
+
+def test_a_circle_is_told_from_its_lowest_rank_on() -> None:
+    """Rank 0 waits for rank 2, and ranks 2 and 1 for one another."""
+    broken = rows("0F0 0F1 0B0 0B1", "2F0 2F1 2B0 2B1", "1F0 1B0 1F1 1B1")
+    with pytest.raises(ScheduleError) as raised:
+        simulate(Schedule("mine", 3, 2, broken, (0, 2, 1)))
+    assert (raised.value.rank, raised.value.cell) == (1, 1)
+    assert "rank 1 at cell 1 (2F1) waits for cell 2 of rank 2, rank 2 at cell 1 (1B0) waits for" in str(raised.value)
 
 
 def test_waiting_for_what_nobody_does() -> None:

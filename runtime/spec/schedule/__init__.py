@@ -9,7 +9,7 @@ Standard library only.
 """
 
 from dstrain.runtime.spec.schedule.action import Action, Kind
-from dstrain.runtime.spec.schedule.catalog import NAMES, make_schedule
+from dstrain.runtime.spec.schedule.catalog import SCHEDULE_NAMES, make_schedule
 from dstrain.runtime.spec.schedule.csv_file import read_csv, write_csv
 from dstrain.runtime.spec.schedule.plan import Schedule
 from dstrain.runtime.spec.schedule.simulator import UNIT, Costs, Span, Timeline, simulate
@@ -18,7 +18,7 @@ from dstrain.runtime.spec.schedule.text_drawing import draw_text
 from dstrain.runtime.spec.schedule.validation import check
 
 __all__ = [
-    "NAMES",
+    "SCHEDULE_NAMES",
     "UNIT",
     "Action",
     "Costs",

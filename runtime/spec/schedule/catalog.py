@@ -33,13 +33,13 @@ _BUILDERS = {
     "zb_h1": _Builder(lambda p, m, _: zero_bubble.zb_h1(p, m)),
     "zb_v": _Builder(lambda p, m, _: zero_bubble.zb_v(p, m), default=2, most=2),
 }
-NAMES = tuple(_BUILDERS)
+SCHEDULE_NAMES = tuple(_BUILDERS)
 
 
 def make_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> Schedule:
     """The named schedule; stages_per_rank None: 2 where the schedule has several, else 1. Raises UsageError."""
     if name not in _BUILDERS:
-        raise UsageError.mismatch("schedule", f"one of {', '.join(NAMES)}", repr(name))
+        raise UsageError.mismatch("schedule", f"one of {', '.join(SCHEDULE_NAMES)}", repr(name))
     builder = _BUILDERS[name]
     per_rank = builder.default if stages_per_rank is None else stages_per_rank
     factors = f"{ranks} ranks × {per_rank} stages per rank = {ranks * per_rank} stages, {micro_batches} micro-batches"

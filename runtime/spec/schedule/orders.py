@@ -13,7 +13,10 @@ from dstrain.runtime.spec.schedule.plan import Schedule, in_a_loop, schedule_of
 
 
 def gpipe(ranks: int, micro_batches: int) -> Schedule:
-    """All forwards, then all backwards, both in the order of the micro-batches. In flight: all of them."""
+    """All forwards, then all backwards, both in the order of the micro-batches. In flight: all of them.
+
+    Idle on every rank: (p − 1)(F + B).
+    """
     rows = [
         [Action(kind, rank, number) for kind in (Kind.FORWARD, Kind.BACKWARD) for number in range(micro_batches)]
         for rank in range(ranks)
@@ -24,7 +27,7 @@ def gpipe(ranks: int, micro_batches: int) -> Schedule:
 def one_f_one_b(ranks: int, micro_batches: int) -> Schedule:
     """A warm-up of min(m, p − rank − 1) forwards, then a forward and a backward in turn, then the backwards left.
 
-    In flight on a rank: min(m, p − rank).
+    In flight on a rank: min(m, p − rank). Idle on every rank: (p − 1)(F + B).
     """
     rows = []
     for rank in range(ranks):
@@ -43,7 +46,8 @@ def interleaved(ranks: int, micro_batches: int, stages_per_rank: int) -> Schedul
     does not divide m, there are ⌊m/p⌋ groups as even as can be: none is smaller than p, so that nobody waits; the
     larger ones, g ≤ 2p − 1, cost (v − 1)(g − p) more activations. Only fewer micro-batches than p leave gaps.
 
-    In flight on a rank: min(vm, 2(p − rank − 1) + (v − 1)g + 1) chunks.
+    In flight on a rank: min(vm, 2(p − rank − 1) + (v − 1)g + 1) chunks. Idle on every rank: (p − 1)(F + B) of a chunk,
+    and (v − 1)(p − m)(F + B) more where m < p.
     """
     rows = []
     for rank in range(ranks):

@@ -67,7 +67,8 @@ class Timeline:
     def idle_s(self) -> tuple[float, ...]:
         """For each rank what of the makespan it does not compute: its bubble."""
         makespan = self.makespan_s
-        return tuple(makespan - math.fsum(span.end_s - span.start_s for span in row) for row in self.spans)
+        busy = (math.fsum(span.end_s - span.start_s for span in row) for row in self.spans)
+        return tuple(max(0.0, makespan - each) for each in busy)  # a sum's rounding is no idle time
 
     @property
     def bubble(self) -> float:

@@ -7,7 +7,7 @@ from html import escape
 
 from dstrain.runtime.spec.schedule.action import Kind
 from dstrain.runtime.spec.schedule.simulator import Span, Timeline
-from dstrain.runtime.spec.schedule.text_drawing import NAMES, duration, title
+from dstrain.runtime.spec.schedule.text_drawing import KIND_NAMES, duration, title
 
 # All in pixels.
 WIDTH, MARGIN, LABEL = 1000, 12, 64
@@ -16,14 +16,13 @@ DIGIT = 7.0
 """What one digit of a micro-batch's number needs."""
 GREY = "#848d97"
 COLOURS = {
-    Kind.FORWARD: "#4184e4",
-    Kind.BACKWARD: "#b3823b",
-    Kind.INPUT_GRADIENT: "#3d9a50",
-    Kind.WEIGHT_GRADIENT: "#986ee2",
+    Kind.FORWARD: ("#4184e4", "#2f5fa6"),
+    Kind.BACKWARD: ("#b3772b", "#7f541e"),
+    Kind.INPUT_GRADIENT: ("#3d9a50", "#2b6d38"),
+    Kind.WEIGHT_GRADIENT: ("#986ee2", "#6a4aa3"),
 }
-"""Middle tones: white numbers can be read in them, and they stand out from white and from black."""
-LATER_CHUNKS = 0.62
-"""Opacity of a rank's second and later chunks."""
+"""Of a rank's first stage, and of its later ones. Middle tones: white numbers can be read in them, and they stand out
+from white and from black."""
 
 
 def draw_svg(timeline: Timeline) -> str:
@@ -56,13 +55,13 @@ def _clean(text: str) -> str:
 def _legend(timeline: Timeline) -> Iterator[str]:
     kinds = {span.action.kind for spans in timeline.spans for span in spans}
     x = MARGIN
-    for kind, colour in COLOURS.items():
+    for kind, (colour, _) in COLOURS.items():
         if kind in kinds:
             yield f'<rect x="{x}" y="32" width="12" height="12" rx="2" fill="{colour}"/>'
-            yield f'<text x="{x + 17}" y="42">{NAMES[kind]}</text>'
-            x += 34 + 7 * len(NAMES[kind])
+            yield f'<text x="{x + 17}" y="42">{KIND_NAMES[kind]}</text>'
+            x += 34 + 7 * len(KIND_NAMES[kind])
     if timeline.schedule.stages > len(timeline.spans):
-        yield f'<text x="{x}" y="42">paler: a rank\'s later chunks</text>'
+        yield f'<text x="{x}" y="42">darker: a rank\'s later stages</text>'
 
 
 def _row(timeline: Timeline, rank: int, spans: tuple[Span, ...]) -> Iterator[str]:
@@ -74,10 +73,10 @@ def _row(timeline: Timeline, rank: int, spans: tuple[Span, ...]) -> Iterator[str
     yield f'<rect x="{LABEL}" y="{y}" width="{room}" height="{ROW}" fill="{GREY}" fill-opacity="0.15"/>'
     for action, start_s, end_s in spans:
         x, width = LABEL + start_s * scale, (end_s - start_s) * scale
-        paler = f' fill-opacity="{LATER_CHUNKS}"' if action.stage != first else ""
+        colour = COLOURS[action.kind][action.stage != first]
         tooltip = f"{action}: {duration(start_s)} to {duration(end_s)}"
         yield (
-            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW}" fill="{COLOURS[action.kind]}"{paler} '
+            f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{ROW}" fill="{colour}" '
             f'stroke="{GREY}" stroke-width="0.5"><title>{tooltip}</title></rect>'
         )
         number = str(action.micro_batch)

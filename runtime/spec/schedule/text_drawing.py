@@ -9,7 +9,7 @@ LEAST_WIDTH = 40
 IDLE, BUSY = ".", "-"
 
 
-NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+KIND_NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 
 
 def draw_text(timeline: Timeline, width: int = 80) -> str:
@@ -28,7 +28,7 @@ def draw_text(timeline: Timeline, width: int = 80) -> str:
         lines.append(f"rank {rank}".ljust(label) + _row(spans, columns, timeline.makespan_s, stages))
     lines.append(" " * label + "0" + duration(timeline.makespan_s).rjust(columns - 1))
     kinds = {span.action.kind for spans in timeline.spans for span in spans}
-    words = [f"{kind} {name}" for kind, name in NAMES.items() if kind in kinds]
+    words = [f"{kind} {name}" for kind, name in KIND_NAMES.items() if kind in kinds]
     later = ["lower case: a rank's later stages"] if timeline.schedule.stages > len(timeline.spans) else []
     return "\n".join(line[:width] for line in [*lines, ", ".join([*words, f"{IDLE} idle", *later])])
 

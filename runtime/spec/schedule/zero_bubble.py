@@ -14,7 +14,8 @@ from dstrain.runtime.spec.schedule.plan import Schedule, in_a_loop, in_a_v, sche
 def zb_h1(ranks: int, micro_batches: int) -> Schedule:
     """1F1B whose backwards are split; rank r owes up to r weight gradients, and pays them when the rest is done.
 
-    In flight: min(m, p) on every rank, what the first rank has in 1F1B.
+    In flight: min(m, p) on every rank, what the first rank has in 1F1B. Idle on every rank: (p − 1)(F + I) −
+    (min(m, p) − 1) min(F, I, W), the paper's (p − 1)(F + I − W) where m ≥ p and W is the smallest.
     """
     rows = []
     for rank in range(ranks):
@@ -35,7 +36,8 @@ def zb_v(ranks: int, micro_batches: int) -> Schedule:
     """Two chunks per rank in a V: stage s on rank s, and up again, so that the first rank has the last stage too.
 
     From 2p − 1 micro-batches on it is [Note: phases of a V], below that [Note: greedy order], which then wastes less.
-    In flight: at most 2p chunks on every rank, as much as p whole ranks' activations.
+    In flight: min(2m, 2p) chunks on every rank, as much as p whole ranks' activations. Idle on every rank where
+    F = I = W: the p − 1 F of a chunk until the last rank has its first input, and nothing else where m ≥ 2p − 1.
     """
     if micro_batches >= 2 * ranks - 1:
         rows = [_phases(rank, ranks, micro_batches) for rank in range(ranks)]

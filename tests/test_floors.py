@@ -17,6 +17,9 @@ PLAIN_CHECKPOINT = {  # for `dstrain ckpt`: no torch
     *("manifest", "parts", "verify", "assembly", "casts", "export", "transformers_layout", "commit"),
     *("foreign", "foreign_safetensors"),
 }
+PLAIN_RUNTIME = {  # for `dstrain plan`: pure, no torch
+    *("dstrain.runtime.pipeline.partition", "dstrain.runtime.zero.groups", "dstrain.runtime.zero.plan"),
+}
 FOREIGN_TORCH = {"foreign_torch", "foreign_deepspeed"}  # for `dstrain ckpt import` alone
 STANDARD = set(sys.stdlib_module_names)
 
@@ -60,6 +63,8 @@ def test_floor(path: Path) -> None:
             if name.startswith("dstrain.runtime.checkpoint."):
                 allowed = PLAIN_CHECKPOINT | (FOREIGN_TORCH if room == "launcher/cli/ckpt.py" else set())
                 assert {*name.split(".")[3:4]} <= allowed, f"{room}: {name}"
+            elif name.startswith("dstrain.runtime.") and name.rpartition(".")[0] in PLAIN_RUNTIME:
+                assert room.startswith("launcher/planning/"), f"{room}: {name}"
             elif name.startswith("dstrain.runtime."):
                 assert name.startswith("dstrain.runtime.spec."), f"{room}: {name}"
             if top == "paramiko":
@@ -78,6 +83,8 @@ def test_floor(path: Path) -> None:
         elif room.removeprefix("runtime/checkpoint/").removesuffix(".py") in PLAIN_CHECKPOINT:
             ours = {*name.split(".")[3:4]} <= PLAIN_CHECKPOINT or name.startswith("dstrain.runtime.spec.")
             assert (top == "dstrain" and ours) or top in STANDARD | {"numpy"}, f"{room}: {name} is not without torch"
+        if f"dstrain.{room.removesuffix('.py').replace('/', '.')}" in PLAIN_RUNTIME:
+            assert top in STANDARD or name.startswith("dstrain.runtime.spec."), f"{room}: {name} is not without torch"
         if name.startswith("torch.distributed"):
             rooms = ("comm", "comm_group", "last_words", "zygote")  # the last two: only a store
             assert room in {f"runtime/{each}.py" for each in rooms}, f"{room}: torch.distributed"
@@ -99,6 +106,10 @@ def test_commands_of_checkpoints_import_no_torch() -> None:
         "import dstrain.launcher.checkpoint_views, dstrain.launcher.cli.ckpt, dstrain.runtime.checkpoint.export"
     )
     assert not loaded & {"torch", "pydantic", "rich"}
+
+
+def test_plans_import_no_torch() -> None:
+    assert not modules_after("import dstrain.launcher.planning.command") & {"torch", "paramiko", "numpy", "rich"}
 
 
 def test_spec_pulls_in_no_torch() -> None:

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from dstrain.launcher.cli import ckpt, config, hosts
+from dstrain.launcher.cli.plan import plan
 from dstrain.launcher.cli.report import report
 from dstrain.launcher.cli.run import RunCommand, run
 from dstrain.launcher.cli.trust import trust
@@ -21,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run", cls=RunCommand)(run)
+app.command("plan")(plan)
 hosts.app.command("trust")(trust)
 app.add_typer(hosts.app, name="hosts")
 app.add_typer(config.app, name="config")

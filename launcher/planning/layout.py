@@ -1,0 +1,110 @@
+"""One way to spread a job over its ranks, and the schedule of its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from dstrain.runtime.spec.config import JobConfig
+from dstrain.runtime.spec.data_config import BatchConfig
+from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.parallel_dims import ParallelDims, parallel_dims
+from dstrain.runtime.spec.schedule import Schedule, check, make_schedule, read_csv
+from dstrain.runtime.spec.schedule.plan import in_a_loop, in_a_v
+from dstrain.runtime.spec.training_config import OffloadConfig, ZeroConfig
+
+ROUNDS = 3
+"""[Note: enough micro-batches] as many as this times the pipeline's ranks."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """schedule, stages_per_rank, partition: of `parallel`. micro: samples; micro_batches: of a step, on each rank."""
+
+    dims: ParallelDims
+    zero: ZeroConfig
+    micro: int
+    micro_batches: int
+    schedule: str | Path = "1f1b"
+    stages_per_rank: int | None = None
+    partition: str | tuple[int, ...] = "parameters"
+
+    def __str__(self) -> str:
+        """For people, short."""
+        words = [f"stage {self.zero.stage}"]
+        if self.dims.pipeline > 1:
+            words.insert(0, f"pipeline {self.dims.pipeline} ({self.schedule})")
+        return ", ".join(words)
+
+
+def layout_of(job: JobConfig, world_size: int) -> Layout:
+    """What the job asks for. Raises UsageError, with all factors, where it does not fit its ranks or its batch."""
+    parallel, batch = job.parallel, job.batch
+    if batch is None:
+        raise UsageError.mismatch("batch", "a section with global and micro", "none")
+    dims = parallel_dims(world_size, job.zero.stage, parallel.pipeline, parallel.data_replicate, parallel.data_shard)
+    return Layout(
+        dims=dims,
+        zero=job.zero,
+        micro=batch.micro,
+        micro_batches=_micro_batches(batch, dims),
+        schedule=parallel.schedule,
+        stages_per_rank=parallel.stages_per_rank,
+        partition=parallel.partition,
+    )
+
+
+def zero_at(zero: ZeroConfig, stage: int) -> ZeroConfig:
+    """The section `zero` at another stage, without keys that it does not have there."""
+    changes: dict[str, object] = {"stage": stage}
+    if stage < 3:
+        changes |= {"reshard": "micro_batch", "offload": OffloadConfig(optimizer=zero.offload.optimizer and stage > 0)}
+    if stage == 0:
+        changes |= {"accumulate": None, "comm": zero.comm if zero.comm in ("direct", "native") else "auto"}
+    return zero.model_copy(update=changes)
+
+
+@lru_cache(maxsize=64)
+def known_schedule(schedule: str | Path, ranks: int, micro_batches: int, stages_per_rank: int | None) -> Schedule:
+    """The schedule, proved to end. Raises UsageError."""
+    if isinstance(schedule, Path):
+        made = read_csv(schedule, ranks, micro_batches)
+        check(made)
+        return made
+    return make_schedule(schedule, ranks, micro_batches, stages_per_rank)
+
+
+def rank_of(layout: Layout) -> tuple[int, ...]:
+    """The pipeline rank of each stage, without the schedule itself where its name says it."""
+    ranks = layout.dims.pipeline
+    match layout.schedule:
+        case "zb_v":
+            return in_a_v(ranks)
+        case "interleaved_1f1b":
+            return in_a_loop(ranks, layout.stages_per_rank or 2)
+        case str():
+            return in_a_loop(ranks, 1)
+    return known_schedule(layout.schedule, ranks, layout.micro_batches, None).rank_of
+
+
+def enough(layout: Layout) -> int:
+    """[Note: enough micro-batches] A schedule repeats itself once its pipeline is full: so many are simulated, the
+    others take as long as those in the middle. The rest of a division by the ranks is kept: interleaving looks at it.
+    A user's own schedule is simulated whole."""
+    ranks, micro_batches = layout.dims.pipeline, layout.micro_batches
+    least = ROUNDS * ranks + micro_batches % ranks
+    return micro_batches if isinstance(layout.schedule, Path) else min(micro_batches, least)
+
+
+def _micro_batches(batch: BatchConfig, dims: ParallelDims) -> int:
+    """Raises ConfigError with the nearest batch that divides; where there is a pipeline, with all its factors."""
+    together = batch.micro * dims.data
+    if batch.global_ % together and dims.pipeline > 1:
+        expected = (
+            f"a multiple of batch.micro × data ranks = {batch.micro} × {dims.data} = {together} "
+            f"({dims.world_size} ranks / pipeline {dims.pipeline} = {dims.data})"
+        )
+        nearest = max(1, round(batch.global_ / together)) * together
+        raise UsageError.mismatch("batch.global", expected, str(batch.global_), f"the nearest is {nearest}")
+    return batch.accumulation(dims.data)

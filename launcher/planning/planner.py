@@ -1,0 +1,253 @@
+"""What a layout of a job will cost: memory, bytes, and time.
+
+[Note: time]
+A step takes as long as its schedule in the simulator, and what of the communication does not hide behind computing:
+    gradients    behind the backwards of all micro-batches where each is reduced, else behind the last one's
+    parameters   stage 3: behind all forwards and backwards; else behind the first forward
+    messages     of pipeline stages, behind all that a rank computes; each delays the next stage besides
+    tied ones    behind nothing
+Operations take what the GPU does in a second; memory-bound ones, the optimizer and the launch of kernels are left out.
+So the numbers compare layouts; they foretell a step only as well as `--tflops` and the links are known, or `--costs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from dstrain.launcher.planning.activations import Kept, kept_by, peak_bytes, recomputed
+from dstrain.launcher.planning.cluster import Cluster, Node
+from dstrain.launcher.planning.costs import GivenCosts, StageCosts, apply_given, estimated
+from dstrain.launcher.planning.layout import Layout, enough, known_schedule, rank_of
+from dstrain.launcher.planning.memory import HEADROOM, Memory, StateMemory, accumulates
+from dstrain.launcher.planning.parts import Part, partition, parts_of
+from dstrain.launcher.planning.traffic import (
+    COPIES,
+    GATHERING,
+    REDUCTION,
+    STAGES,
+    TIED,
+    Flow,
+    between_stages,
+    collectives,
+)
+from dstrain.runtime.spec.config import JobConfig
+from dstrain.runtime.spec.model_shapes import ModelShapes
+from dstrain.runtime.spec.schedule import Schedule, Timeline, simulate
+
+AHEAD = 2
+"""Messages that have room before their turn: as runtime/pipeline/executor.py has it."""
+SPLIT = ("zb_h1", "zb_v")
+"""Schedules with weights' gradients apart."""
+
+
+class Estimate(NamedTuple):
+    """What is known of a layout without simulating it. exposed_s: communication that nothing hides. least_s: no step is
+    shorter."""
+
+    costs: StageCosts
+    flows: tuple[Flow, ...]
+    exposed_s: float
+    least_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout and its costs. parts, memory: of each pipeline rank. timeline: of as many micro-batches as `enough`
+    says; makespan_s, bubble: of all. [Note: time]"""
+
+    layout: Layout
+    parts: tuple[Part, ...]
+    schedule: Schedule
+    memory: tuple[Memory, ...]
+    flows: tuple[Flow, ...]
+    costs: StageCosts
+    timeline: Timeline
+    makespan_s: float
+    bubble: float
+    exposed_s: float
+    fits: bool
+
+    @property
+    def step_s(self) -> float:
+        """One optimizer step."""
+        return self.makespan_s + self.exposed_s
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the rank that needs most."""
+        return max(memory.total for memory in self.memory)
+
+    @property
+    def host_bytes(self) -> float:
+        """The most that a host sends to others in a step."""
+        return sum(flow.host_bytes for flow in self.flows)
+
+    @property
+    def between_bytes(self) -> float:
+        """Between all hosts in a step."""
+        return sum(flow.between_bytes for flow in self.flows)
+
+
+class Planner:
+    """Plans layouts of one job on one cluster; parts and schedules are made once."""
+
+    def __init__(self, job: JobConfig, shapes: ModelShapes, cluster: Cluster) -> None:
+        self.job, self.shapes, self.cluster = job, shapes, cluster
+        self.state = StateMemory(job, shapes)
+        self.again = recomputed(shapes, job.train.activation_checkpointing)
+        self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
+        self._kept: dict[Part, dict[int, Kept]] = {}
+
+    def schedule(self, layout: Layout) -> Schedule:
+        """Of as many micro-batches as `enough` says. Raises UsageError."""
+        return known_schedule(layout.schedule, layout.dims.pipeline, enough(layout), layout.stages_per_rank)
+
+    def parts(self, layout: Layout) -> tuple[Part, ...]:
+        """Of each pipeline rank. Raises UsageError where the model cannot be cut so."""
+        holders = rank_of(layout)
+        key = holders, layout.partition
+        if key not in self._parts:
+            counts = partition(self.shapes, len(holders), layout.partition)
+            self._parts[key] = tuple(parts_of(self.shapes, counts, holders))
+        return self._parts[key]
+
+    def estimate(self, layout: Layout, given: GivenCosts | None = None) -> Estimate:
+        """Everything but the simulation."""
+        parts = self.parts(layout)
+        stages, messages = between_stages(layout, self._boundaries(layout, parts), rank_of(layout), self.cluster)
+        by_operations = estimated(parts, self.again, layout.micro, self.cluster.tflops)
+        costs = apply_given(given, by_operations._replace(message=messages))
+        flows = [*([stages] if stages else []), *collectives(layout, parts, self.state, self.cluster)]
+        exposed_s = _exposed_s(layout, flows, costs, parts)
+        least_s = _least_s(layout, costs, parts) + exposed_s
+        return Estimate(costs, tuple(flows), exposed_s, least_s)
+
+    def plan(self, layout: Layout, given: GivenCosts | None = None) -> Plan:
+        """Raises UsageError where the layout is none of this model's."""
+        estimate, parts, schedule = self.estimate(layout, given), self.parts(layout), self.schedule(layout)
+        timeline = simulate(schedule, estimate.costs.for_simulator())
+        whole = [sum(estimate.costs.whole[stage] for stage in part.stages) for part in parts]
+        makespan = timeline.makespan_s + (layout.micro_batches - schedule.micro_batches) * max(whole)
+        busy = sum(whole) * layout.micro_batches
+        memory = self.memory(layout)
+        return Plan(
+            layout=layout,
+            parts=parts,
+            schedule=schedule,
+            memory=memory,
+            flows=estimate.flows,
+            costs=estimate.costs,
+            timeline=timeline,
+            makespan_s=makespan,
+            bubble=1 - busy / (len(parts) * makespan) if makespan else 0.0,
+            exposed_s=estimate.exposed_s,
+            fits=self.fits(layout, memory),
+        )
+
+    def memory(self, layout: Layout) -> tuple[Memory, ...]:
+        """Of each pipeline rank, at its peak."""
+        parts, schedule = self.parts(layout), self.schedule(layout)
+        boundaries = self._boundaries(layout, parts)
+        return tuple(
+            replace(
+                self.state.of(part, layout.dims, layout.zero, layout.micro_batches),
+                activations=round(self._activations(layout, part, schedule, rank)),
+                messages=round(_messages(part, boundaries, schedule.rank_of)),
+            )
+            for rank, part in enumerate(parts)
+        )
+
+    def state_memory(self, layout: Layout) -> int:
+        """What the fullest rank holds at least: its state, and one micro-batch."""
+        return max(
+            self.state.of(part, layout.dims, layout.zero, layout.micro_batches).total
+            + round(layout.micro * max(kept.held for kept in self._kept_of(part).values()))
+            for part in self.parts(layout)
+        )
+
+    def fits(self, layout: Layout, memory: Sequence[Memory]) -> bool:
+        """Whether every rank has the room."""
+        return all(one.total <= room(self.node_of(layout, rank)) for rank, one in enumerate(memory))
+
+    def node_of(self, layout: Layout, pipeline_rank: int) -> Node:
+        """The host with the least memory of those that a part of the model is on."""
+        width = layout.dims.data
+        nodes = self.cluster.nodes_of(range(pipeline_rank * width, (pipeline_rank + 1) * width))
+        return min(nodes, key=lambda node: node.memory_bytes)
+
+    def _kept_of(self, part: Part) -> dict[int, Kept]:
+        """Of each stage, for one sample."""
+        if part not in self._kept:
+            both = zip(part.stages, part.layers, strict=True)
+            self._kept[part] = {stage: kept_by(layers, self.again) for stage, layers in both}
+        return self._kept[part]
+
+    def _activations(self, layout: Layout, part: Part, schedule: Schedule, rank: int) -> float:
+        kept = self._kept_of(part)
+        held = {stage: layout.micro * one.held for stage, one in kept.items()}
+        peak, whole = peak_bytes(schedule.ranks[rank], held), sum(held.values())
+        simulated = schedule.micro_batches
+        if simulated < layout.micro_batches and peak >= simulated * whole:  # all at once, however many there are
+            peak = layout.micro_batches * whole
+        return peak + layout.micro * max(one.again for one in kept.values())
+
+    def _boundaries(self, layout: Layout, parts: Sequence[Part]) -> list[float]:
+        """Bytes of one micro-batch behind each stage but the last."""
+        sizes = {
+            stage: layers[-1].output_bytes * layout.micro
+            for part in parts
+            for stage, layers in zip(part.stages, part.layers, strict=True)
+        }
+        return [sizes[stage] for stage in range(len(sizes) - 1)]
+
+
+def room(node: Node) -> float:
+    """Bytes that a plan may fill on each rank of a host."""
+    return node.memory_bytes * (1 - HEADROOM)
+
+
+def _messages(part: Part, boundaries: Sequence[float], holders: Sequence[int]) -> float:
+    """Room for what comes from other ranks, in both directions."""
+    total = 0.0
+    for stage in part.stages:
+        if stage and holders[stage - 1] != holders[stage]:
+            total += AHEAD * boundaries[stage - 1]
+        if stage < len(boundaries) and holders[stage + 1] != holders[stage]:
+            total += AHEAD * boundaries[stage]
+    return total
+
+
+def _exposed_s(layout: Layout, flows: Sequence[Flow], costs: StageCosts, parts: Sequence[Part]) -> float:
+    """[Note: time]"""
+    link_s = {flow.name: flow.link_s for flow in flows}
+    forward = max(sum(costs.forward[stage] for stage in part.stages) for part in parts)
+    backward = max(sum(costs.backward[stage] for stage in part.stages) for part in parts)
+    times = layout.micro_batches
+    gradients = link_s.get(REDUCTION, 0.0) + link_s.get(COPIES, 0.0)
+    behind = backward * (times if accumulates(layout.zero) == "sharded" else 1)
+    parameters = link_s.get(GATHERING, 0.0)
+    hiding = (forward + backward) * times if layout.zero.stage == 3 else forward
+    messages = link_s.get(STAGES, 0.0) - (forward + backward) * times
+    return max(0.0, gradients - behind) + max(0.0, parameters - hiding) + max(0.0, messages) + link_s.get(TIED, 0.0)
+
+
+def _least_s(layout: Layout, costs: StageCosts, parts: Sequence[Part]) -> float:
+    """For each rank: until the first micro-batch has come to it, its own work, and the last one's way back to the first
+    stage; where weights' gradients are split off, those may be done meanwhile."""
+    is_split = layout.schedule in SPLIT
+    back_costs = costs.input_gradient if is_split else costs.backward
+    way = 0.0
+    there, back = [], []
+    for stage, forward in enumerate(costs.forward):
+        there.append(way)
+        back.append((back[-1] + back_costs[stage - 1] + costs.message[stage - 1]) if stage else 0.0)
+        way += forward + (costs.message[stage] if stage < len(costs.message) else 0.0)
+    found = []
+    for part in parts:
+        first, times = min(part.stages), layout.micro_batches
+        whole = times * sum(costs.whole[stage] for stage in part.stages)
+        needed = times * sum(costs.forward[stage] + back_costs[stage] for stage in part.stages)
+        found.append(there[first] + max(whole, needed + back[first]))
+    return max(found)

@@ -129,7 +129,9 @@ class Planner:
         estimate, parts, schedule = self.estimate(layout, given), self.parts(layout), self.schedule(layout)
         timeline = simulate(schedule, estimate.costs.for_simulator())
         whole = [sum(estimate.costs.whole[stage] for stage in part.stages) for part in parts]
-        makespan = timeline.makespan_s + (layout.micro_batches - schedule.micro_batches) * max(whole)
+        makespan = timeline.makespan_s
+        if schedule.micro_batches < layout.micro_batches:
+            makespan += (layout.micro_batches - schedule.micro_batches) * self._one_more_s(layout, timeline, estimate.costs)
         busy = sum(whole) * layout.micro_batches
         memory = self.memory(layout)
         return Plan(
@@ -145,6 +147,12 @@ class Planner:
             exposed_s=estimate.exposed_s,
             fits=self.fits(layout, memory),
         )
+
+    def _one_more_s(self, layout: Layout, timeline: Timeline, costs: StageCosts) -> float:
+        """What another micro-batch adds: computing, or waiting for messages, whichever is slower."""
+        ranks, known = layout.dims.pipeline, timeline.schedule.micro_batches
+        fewer = known_schedule(layout.schedule, ranks, known - ranks, layout.stages_per_rank)
+        return (timeline.makespan_s - simulate(fewer, costs.for_simulator()).makespan_s) / ranks
 
     def memory(self, layout: Layout) -> tuple[Memory, ...]:
         """Of each pipeline rank, at its peak."""

@@ -29,8 +29,8 @@ from dstrain.runtime.spec.training_config import OptimizerConfig, PrecisionConfi
 from dstrain.runtime.zero.gradients import ShardedGradients
 from dstrain.runtime.zero.weights import ShardedWeights
 
-MODEL = GPTConfig(layers=4, width=96, heads=4, context=8, vocabulary=37)
-ENTRY = {"layers": 4, "width": 96, "heads": 4, "context": 8, "vocabulary": 37}
+MODEL = GPTConfig(layers=4, width=96, heads=4, context=8, vocabulary=300)
+ENTRY = {"layers": 4, "width": 96, "heads": 4, "context": 8, "vocabulary": 300}
 WITHIN = 0.05
 """The issue's own bound; small things (steps of Adam, placeholders, samples of gradients) are not planned."""
 

@@ -89,7 +89,7 @@ def read_costs(text: str) -> GivenCosts:
     words = text.split(",")
     if len(words) in (3, 4):
         numbers = [_seconds(word, "--costs") for word in words]
-        return GivenCosts(*numbers[:3], numbers[3] if len(numbers) == 4 else None)
+        return GivenCosts(numbers[0], numbers[1], numbers[2], numbers[3] if len(numbers) == 4 else None)
     form = "F,I,W or F,I,W,MESSAGE in seconds, or a JSON file of what was measured"
     try:
         values = json.loads(Path(text).read_text(encoding="utf-8"))

@@ -247,7 +247,8 @@ def _least_s(layout: Layout, costs: StageCosts, parts: Sequence[Part]) -> float:
     is_split = layout.schedule in SPLIT
     back_costs = costs.input_gradient if is_split else costs.backward
     way = 0.0
-    there, back = [], []
+    there: list[float] = []
+    back: list[float] = []
     for stage, forward in enumerate(costs.forward):
         there.append(way)
         back.append((back[-1] + back_costs[stage - 1] + costs.message[stage - 1]) if stage else 0.0)

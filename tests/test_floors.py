@@ -79,7 +79,7 @@ def test_floor(path: Path) -> None:
             ours = {*name.split(".")[3:4]} <= PLAIN_CHECKPOINT or name.startswith("dstrain.runtime.spec.")
             assert (top == "dstrain" and ours) or top in STANDARD | {"numpy"}, f"{room}: {name} is not without torch"
         if name.startswith("torch.distributed"):
-            rooms = ("comm", "comm_group", "last_words", "zygote")  # the last two: only a store
+            rooms = ("comm", "comm_edge", "comm_group", "last_words", "zygote")  # the last two: only a store
             assert room in {f"runtime/{each}.py" for each in rooms}, f"{room}: torch.distributed"
 
 

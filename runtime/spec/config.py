@@ -152,6 +152,7 @@ def _contradictions(job: JobConfig) -> Iterator[Contradiction]:
     yield from _of_optimizer(job)
     yield from _of_schedule(job)
     yield from _of_sharding(job)
+    yield from _of_pipeline(job)
     if job.run.hostfile is not None and job.run.hosts is not None:
         yield Contradiction(("run", "hosts"), "no such key beside run.hostfile", repr(job.run.hosts))
 
@@ -242,6 +243,19 @@ def _of_schedule(job: JobConfig) -> Iterator[Contradiction]:
         yield Contradiction(("schedule", "warmup_steps"), "0: one_cycle has its own rise", str(schedule.warmup_steps))
     for key, found in _differs(schedule, *(key for key, users in _SHAPES.items() if schedule.name not in users)):
         yield Contradiction(("schedule", key), f"no such key with name: {schedule.name}", found)
+
+
+def _of_pipeline(job: JobConfig) -> Iterator[Contradiction]:
+    parallel = job.parallel
+    if parallel.pipeline == 1:
+        for key, found in _differs(parallel, "schedule", "stages_per_rank", "partition"):
+            yield Contradiction(("parallel", key), "no such key without parallel.pipeline", found)
+        return
+    if parallel.stages_per_rank is not None and parallel.schedule != "interleaved_1f1b":
+        expected = f"no such key with schedule: {parallel.schedule}"
+        yield Contradiction(("parallel", "stages_per_rank"), expected, str(parallel.stages_per_rank))
+    if job.train.compile:
+        yield Contradiction(("train", "compile"), "false with parallel.pipeline", "true")
 
 
 def _of_sharding(job: JobConfig) -> Iterator[Contradiction]:

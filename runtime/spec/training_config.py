@@ -68,8 +68,25 @@ class ZeroConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the ranks are arranged: data_replicate groups, of data_shard neighbouring ranks each."""
+    """How the ranks are arranged: pipeline stages of data_replicate groups, of data_shard neighbouring ranks each."""
 
+    pipeline: Count = Field(
+        default=1, description="Ranks that hold one copy of the model, layer by layer; 1 for the whole on each."
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v"] | Path = Field(
+        default="1f1b",
+        description="The order of forwards and backwards in a pipeline: gpipe (Huang et al. 2019), 1f1b and "
+        "interleaved_1f1b (Narayanan et al. 2021), zb_h1 and zb_v (Qi et al. 2023), or a CSV file with a row of "
+        "actions (0F3: stage 0, forward of micro-batch 3) for each rank.",
+    )
+    stages_per_rank: Count | None = Field(
+        default=None, description="Of interleaved_1f1b; by default 2. More make waits shorter and messages more."
+    )
+    partition: Literal["parameters", "time"] | tuple[Count, ...] = Field(
+        default="parameters",
+        description="How layers are dealt out to stages. parameters: by their number of parameters; time: by a "
+        "measurement at the start; or the number of layers of each stage, the embedding the first and the head the last.",
+    )
     data_shard: Count | None = Field(
         default=None,
         description="Ranks that share one copy of what zero.stage shards; by default all of them. Fewer (the ranks of "

@@ -22,18 +22,21 @@ class Group:
     module: str = ""
 
 
-def by_size(parameters: Sequence[Named], elements: int) -> list[Group]:
-    """Neighbours of one dtype, up to `elements` together, in the order in which the backward makes their gradients."""
-    groups = list(grouped(reversed(parameters), elements))
+def by_size(parameters: Sequence[Named], elements: int, sections: Sequence[frozenset[str]] = ()) -> list[Group]:
+    """Neighbours of one dtype, up to `elements` together, in the order in which the backward makes their gradients.
+
+    sections: names that share no group with others."""
+    parts = [[named for named in parameters if named[0] in section] for section in reversed(sections)] or [parameters]
+    groups = [group for part in parts for group in grouped(reversed(part), elements)]
     return [Group(f"unit {number} ({group[0][0]} …)", tuple(group)) for number, group in enumerate(groups)]
 
 
-def by_module(model: nn.Module, small: int) -> list[Group]:
+def by_module(model: nn.Module, small: int, sections: Sequence[frozenset[str]] = ()) -> list[Group]:
     """A unit for each block of the model, and for each module outside of blocks: what is needed at once.
 
     Blocks: the repeated ones (`blocks_of`). Modules outside with fewer than `small` elements of their own share one
-    unit. Trained and frozen parameters, and dtypes, never share one. Groups come in the order of the model's
-    parameters.
+    unit. Trained and frozen parameters, dtypes, and sections (by names) never share one. Groups come in the order of
+    the model's parameters.
     """
     blocks = _outermost(blocks_of(model))
     outside: dict[str, int] = {}
@@ -43,13 +46,15 @@ def by_module(model: nn.Module, small: int) -> list[Group]:
         places[name] = block, name.rpartition(".")[0] or name
         if not block:
             outside[places[name][1]] = outside.get(places[name][1], 0) + parameter.numel()
-    groups: dict[tuple[str, str, bool, torch.dtype], list[Named]] = {}
+    section_of = {name: number for number, section in enumerate(sections) for name in section}
+    groups: dict[tuple[int, str, str, bool, torch.dtype], list[Named]] = {}
     for name, parameter in model.named_parameters():
         block, module = places[name]
         own = "" if block or outside[module] < small else module
-        groups.setdefault((block, own, parameter.requires_grad, parameter.dtype), []).append((name, parameter))
-    kinds = list(groups)
-    return [Group(_name(kind, kinds), tuple(members), kind[0]) for kind, members in groups.items()]
+        kind = section_of.get(name, 0), block, own, parameter.requires_grad, parameter.dtype
+        groups.setdefault(kind, []).append((name, parameter))
+    kinds = [kind[1:] for kind in groups]
+    return [Group(_name(kind[1:], kinds), tuple(members), kind[1]) for kind, members in groups.items()]
 
 
 def _name(kind: tuple[str, str, bool, torch.dtype], kinds: Sequence[tuple[str, str, bool, torch.dtype]]) -> str:

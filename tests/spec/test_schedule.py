@@ -135,6 +135,17 @@ def test_schedules_are_those_of_the_papers() -> None:
     assert make_schedule("interleaved_1f1b", 3, 5).rank_of == (0, 1, 2, 0, 1, 2)
 
 
+@pytest.mark.parametrize("p", [2, 4, 7])
+def test_below_2p_minus_1_micro_batches_zb_v_keeps_a_place_for_the_second_chunk(p: int) -> None:
+    """Without it a rank could fill up with first chunks, and no micro-batch could go on."""
+    for m in range(p, 2 * p - 1):
+        for rank, row in enumerate(make_schedule("zb_v", p, m).ranks):
+            held = 0
+            for kind, stage, _ in row:
+                held += {Kind.FORWARD: 1, Kind.WEIGHT_GRADIENT: -1}.get(kind, 0)
+                assert held < 2 * p or stage != rank or kind is not Kind.FORWARD
+
+
 @given(st.sampled_from(Kind), NUMBERS, NUMBERS)
 def test_print_and_parse_are_inverses(kind: Kind, stage: int, micro_batch: int) -> None:
     action = Action(kind, stage, micro_batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.schedule.simulator import Span, Timeline
 
@@ -22,7 +24,7 @@ def draw_text(timeline: Timeline, width: int = 80) -> str:
         raise UsageError.mismatch("drawing of a schedule", f"a width of at least {LEAST_WIDTH}", str(width))
     label = len(f"rank {len(timeline.spans) - 1} ")
     columns = width - label
-    lines = [title(timeline)]
+    lines = textwrap.wrap(title(timeline), width)
     for rank, spans in enumerate(timeline.spans):
         stages = timeline.schedule.stages_on(rank)
         lines.append(f"rank {rank}".ljust(label) + _row(spans, columns, timeline.makespan_s, stages))
@@ -30,7 +32,7 @@ def draw_text(timeline: Timeline, width: int = 80) -> str:
     kinds = {span.action.kind for spans in timeline.spans for span in spans}
     words = [f"{kind} {name}" for kind, name in KIND_NAMES.items() if kind in kinds]
     later = ["lower case: a rank's later stages"] if timeline.schedule.stages > len(timeline.spans) else []
-    return "\n".join(line[:width] for line in [*lines, ", ".join([*words, f"{IDLE} idle", *later])])
+    return "\n".join([*lines, *textwrap.wrap(", ".join([*words, f"{IDLE} idle", *later]), width)])
 
 
 def title(timeline: Timeline) -> str:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dstrain.runtime.comm_group import Pending
+
+
+class Message(Protocol):
+    """On its way."""
+
+    def wait(self) -> object:
+        """Return once it has gone, or come. RuntimeError when the other end has gone or the timeout is over."""
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once."""
 
 
 class Edge:
@@ -26,16 +35,16 @@ class Edge:
         """count: told the bytes that are sent."""
         self._group, self._source, self._to, self._device, self._count = group, source, to, device, count
 
-    def send(self, tensor: Tensor, tag: int) -> Pending:
+    def send(self, tensor: Tensor, tag: int) -> Message:
         """Start to send; the tensor, contiguous and not empty, must not change before `wait`."""
         self._count(tensor.nbytes)
-        return cast(Pending, dist.isend(tensor, self._to, group=self._group, tag=tag))
+        return cast(Message, dist.isend(tensor, self._to, group=self._group, tag=tag))
 
-    def receive(self, into: Tensor, tag: int) -> Pending:
+    def receive(self, into: Tensor, tag: int) -> Message:
         """Start to receive."""
-        return cast(Pending, dist.irecv(into, self._source, group=self._group, tag=tag))
+        return cast(Message, dist.irecv(into, self._source, group=self._group, tag=tag))
 
-    def send_object(self, item: Any, tag: int) -> list[tuple[Pending, Tensor]]:
+    def send_object(self, item: Any, tag: int) -> list[tuple[Message, Tensor]]:
         """Start to send a small thing, by pickle; what is on its way must be kept until it has gone."""
         data = torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8).to(self._device)
         size = torch.tensor([data.numel()], device=self._device)

@@ -20,7 +20,7 @@ from dstrain.runtime.gradients import GradientReducer
 from dstrain.runtime.pipeline.messages import Mailbox, Signature
 from dstrain.runtime.pipeline.part import ModelPart, tensors_of
 from dstrain.runtime.pipeline.split_backward import Splitter, WeightGradients
-from dstrain.runtime.spec.schedule import Action, Schedule
+from dstrain.runtime.spec.schedule import Action, Kind
 
 AHEAD = 2
 """Receives that are posted before their turn: one hides the latency, the second a late sender."""
@@ -77,24 +77,24 @@ class Executor:
         self._splitter: Splitter | None = None
         self._held: dict[tuple[int, int], _Held] = {}
         self._left: dict[tuple[int, int], WeightGradients] = {}
-        self._do: dict[str, Callable[[Action], None]] = {
-            "F": self._run_forward,
-            "B": self._run_backward,
-            "I": self._run_input_gradient,
-            "W": self._run_weight_gradient,
+        self._do: dict[Kind, Callable[[Action], None]] = {
+            Kind.FORWARD: self._run_forward,
+            Kind.BACKWARD: self._run_backward,
+            Kind.INPUT_GRADIENT: self._run_input_gradient,
+            Kind.WEIGHT_GRADIENT: self._run_weight_gradient,
         }
         self._feed: Feed
-        self._endings: set[Action] = set()
+        self._splits = False
+        self._endings: set[Action] = set()  # a stage's last action of gradients, which ends its sums
 
     def run(self, row: Sequence[Action], feed: Feed) -> None:
         """All actions of a step, or the forwards of a validation; returns when all that was sent has gone."""
         self._feed = feed
-        splits = any(action.kind == "I" for action in row)
+        splits = any(action.kind is Kind.INPUT_GRADIENT for action in row)
         if splits and self._splitter is None:
             self._splitter = Splitter(self._part.model)
         self._splits = splits
-        # a stage's last action of gradients ends its sums
-        self._endings = set({action.stage: action for action in row if action.kind in "BW"}.values())
+        self._endings = set({action.stage: action for action in row if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)}.values())
         receiving = [action for action in row if self._source(action) is not None]
         done = 0
         for action in row:
@@ -185,9 +185,9 @@ class Executor:
 
     def _source(self, action: Action) -> Mailbox | None:
         """Where what an action needs comes from."""
-        if action.kind == "F":
+        if action.kind is Kind.FORWARD:
             return self._boundary(action.stage - 1).activations if action.stage else None
-        if action.kind in "BI":
+        if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
             return self._boundary(action.stage).gradients if action.stage < self._last else None
         return None
 

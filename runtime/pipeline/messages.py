@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from dstrain.runtime.comm_edge import Edge
-from dstrain.runtime.comm_group import Pending
+from dstrain.runtime.comm_edge import Edge, Message
 from dstrain.runtime.spec.errors import UsageError
 
 Signature = Hashable
@@ -52,9 +51,9 @@ class Mailbox:
         """where: for people."""
         self._edge, self._device, self._where = edge, device, where
         self._forms: dict[Signature, Forms] = {}
-        self._posted: dict[int, list[tuple[Tensor, Pending] | None]] = {}
+        self._posted: dict[int, list[tuple[Tensor, Message] | None]] = {}
         self._kept: dict[int, Sequence[Tensor | None]] = {}
-        self._sent: deque[tuple[Pending, Tensor]] = deque()
+        self._sent: deque[tuple[Message, Tensor]] = deque()
 
     def send(self, micro: int, signature: Signature, tensors: Sequence[Tensor | None]) -> None:
         """Send tensors, whose gradients are nobody's here; they must not change before they have gone."""
@@ -82,13 +81,13 @@ class Mailbox:
         forms = self._forms.get(signature)
         if self._edge is None or forms is None or micro in self._posted:
             return
-        posted: list[tuple[Tensor, Pending] | None] = []
+        posted: list[tuple[Tensor, Message] | None] = []
         for number, form in enumerate(forms):
             if form is None:
                 posted.append(None)
                 continue
             into = torch.empty(form.shape, dtype=form.dtype, device=self._device)
-            pending: Pending = self._edge.receive(into, _tag(micro, number)) if into.numel() else _Done()
+            pending: Message = self._edge.receive(into, _tag(micro, number)) if into.numel() else _Done()
             posted.append((into, pending))
         self._posted[micro] = posted
 

@@ -17,7 +17,7 @@ from dstrain.runtime.pipeline.messages import Mailbox, signature_of
 from dstrain.runtime.pipeline.part import ModelPart
 from dstrain.runtime.pipeline.partition import bounds
 from dstrain.runtime.spec.parallel_dims import ParallelDims
-from dstrain.runtime.spec.schedule import Action, Schedule
+from dstrain.runtime.spec.schedule import Action, Kind, Schedule
 
 
 class Pipeline:
@@ -112,7 +112,7 @@ def forwards(schedule: Schedule, rank: int, micro_batches: int) -> list[Action]:
     own = [stage for stage, owner in enumerate(schedule.rank_of) if owner == rank]
     ranks = max(schedule.rank_of) + 1
     return [
-        Action("F", stage, micro)
+        Action(Kind.FORWARD, stage, micro)
         for first in range(0, micro_batches, ranks)
         for stage in own
         for micro in range(first, min(first + ranks, micro_batches))

@@ -42,10 +42,12 @@ class Feed(Protocol):
 
 
 class _Held(NamedTuple):
-    """Between a stage's forward and its backward. ends: where the backward begins; None: it needs no gradient."""
+    """Between a stage's forward and its backward. ends: where the backward begins; None: it needs no gradient. seed: the
+    gradient of the loss, in the last stage."""
 
     inputs: tuple[Tensor, ...]
     ends: tuple[GradientEdge | None, ...]
+    seed: Tensor | None = None
 
 
 class Boundary(NamedTuple):
@@ -94,7 +96,8 @@ class Executor:
         if splits and self._splitter is None:
             self._splitter = Splitter(self._part.model)
         self._splits = splits
-        self._endings = set({action.stage: action for action in row if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)}.values())
+        ends = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
+        self._endings = set({action.stage: action for action in row if action.kind in ends}.values())
         receiving = [action for action in row if self._source(action) is not None]
         done = 0
         for action in row:
@@ -130,7 +133,8 @@ class Executor:
             self._boundary(stage).activations.send(micro, self._feed.signatures[micro], outputs)
         if training:
             ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs)
-            self._held[stage, micro] = _Held(inputs, ends)
+            seed = torch.ones_like(outputs[0]) if stage == self._last else None
+            self._held[stage, micro] = _Held(inputs, ends, seed)
 
     def _run_backward(self, action: Action) -> None:
         reducer = self._reducers[action.stage]
@@ -162,13 +166,11 @@ class Executor:
         """The backward of a stage, as far as its inputs, which it returns with their gradients."""
         stage, micro = action.stage, action.micro_batch
         held, mailbox = self._held.pop((stage, micro)), self._source(action)
-        grads: list[Tensor | None] = [None] * len(held.ends)
-        if mailbox is not None:
-            grads = mailbox.take(micro, self._feed.signatures[micro])
+        grads = [held.seed] if mailbox is None else mailbox.take(micro, self._feed.signatures[micro])
         ends = [
             (end, grad)
             for end, grad in zip(held.ends, grads, strict=True)
-            if end is not None and (grad is not None or mailbox is None)
+            if end is not None and grad is not None
         ]
         if ends:
             with self._in_backward():

@@ -49,13 +49,17 @@ dist.all_reduce(torch.ones(1))
 NOT_FINITE = """
 import os, time, torch
 from dstrain.runtime import initialize
+from dstrain.runtime.spec.errors import NonFiniteError
 rank = os.environ["RANK"]
 engine = initialize(torch.nn.Linear(4, 1), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
 open(f"{rank}.ready", "w").close()
 while True:
     bad = rank == "3" and os.path.exists("go")
     engine.backward(engine(torch.full((2, 4), float("nan") if bad else 1.0)).mean())
-    engine.step()
+    try:
+        engine.step()
+    except NonFiniteError as error:
+        raise SystemExit(int(error.exit_code))
     time.sleep(0.05)
 """
 STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + WAITING

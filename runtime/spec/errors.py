@@ -3,7 +3,8 @@
     DstrainError                     has an exit code and one clear line
     ├── UsageError              2    a command line, file or configuration that cannot be right
     │   ├── HostfileError            carries file:line:column
-    │   └── ConfigError              carries file:line and the key
+    │   ├── ConfigError              carries file:line and the key
+    │   └── ScheduleError            carries rank and cell
     ├── HostError             200    a host and what it refused; the transports translate third-party errors to these
     │   ├── UnreachableError  200
     │   ├── HostKeyError      201    unknown, changed or revoked
@@ -42,6 +43,17 @@ class HostfileError(UsageError):
 
 class ConfigError(UsageError):
     """A job.yaml, --set or option that cannot be right; the message starts with file:line and the key."""
+
+
+class ScheduleError(UsageError):
+    """A pipeline schedule that cannot run. The message is one line, below it the part of the grid that it is about.
+
+    rank, cell: where; a cell that follows the row's last means that something is missing there.
+    """
+
+    def __init__(self, message: str, rank: int, cell: int) -> None:
+        super().__init__(message)
+        self.rank, self.cell = rank, cell
 
 
 class HostError(DstrainError):

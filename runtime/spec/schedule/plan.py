@@ -1,0 +1,48 @@
+"""A schedule as data: what each pipeline rank computes, in which order. What is drawn is what runs.
+
+[Note: compact rows]
+A row lists actions, not time slots: when each begins follows from what it waits for (`simulator`), so idle cells say
+nothing and are not kept. "Cell 3 of rank 1" is the fourth action of that row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dstrain.runtime.spec.schedule.action import Action
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """[Note: compact rows]"""
+
+    name: str
+    """For messages and titles: of a builder, or of the user's file."""
+    stages: int
+    """Pieces of the model, all ranks together."""
+    micro_batches: int
+    """Of one step."""
+    ranks: tuple[tuple[Action, ...], ...]
+    """For each pipeline rank its actions in order."""
+    rank_of: tuple[int, ...]
+    """For each stage the pipeline rank that holds it."""
+
+    def stages_on(self, rank: int) -> tuple[int, ...]:
+        """The stages (model chunks) that a rank holds, ascending."""
+        return tuple(stage for stage, holder in enumerate(self.rank_of) if holder == rank)
+
+
+def in_a_loop(ranks: int, stages_per_rank: int) -> tuple[int, ...]:
+    """Stage s on rank s % ranks: stage -> rank."""
+    return tuple(range(ranks)) * stages_per_rank
+
+
+def in_a_v(ranks: int) -> tuple[int, ...]:
+    """Two stages per rank, down the ranks and up again; the first rank has the first and the last: stage -> rank."""
+    return (*range(ranks), *reversed(range(ranks)))
+
+
+def schedule_of(name: str, micro_batches: int, rows: Sequence[Sequence[Action]], rank_of: tuple[int, ...]) -> Schedule:
+    """A builder's rows as a schedule."""
+    return Schedule(name, len(rank_of), micro_batches, tuple(map(tuple, rows)), rank_of)

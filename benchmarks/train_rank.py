@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pipes import PIPELINE, PIPES
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from contenders import Contender, contender, dstrain
 from gpt import Work, batches, gpt, loss_of
-from pipes import PIPELINE, PIPES
 
 
 @dataclass

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-
 class Message(Protocol):
     """On its way."""
 

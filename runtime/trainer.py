@@ -335,7 +335,12 @@ class Trainer:
         forward = model if pipeline is None else lambda seen: pipeline.everywhere(((seen,), {}))
         with self.engine.averaged():
             tokens: Tensor = generate(
-                forward, prompt, count, temperature=SAMPLE_TEMPERATURE, generator=generator, context=self.sequence_length
+                forward,
+                prompt,
+                count,
+                temperature=SAMPLE_TEMPERATURE,
+                generator=generator,
+                context=self.sequence_length,
             )
         text = self.data.decode(tokens.tolist())
         if text is not None:

@@ -442,7 +442,9 @@ def _everyones(engine: Engine, own: dict[str, tuple[int, ...]]) -> dict[str, tup
     return {name: shape for found in engine.comm.all_gather_object(own) for name, shape in found.items()}
 
 
-def _check_model(own: Mapping[str, tuple[int, ...]], shapes: Shapes, exempt: Sequence[str]) -> tuple[list[str], list[str]]:
+def _check_model(
+    own: Mapping[str, tuple[int, ...]], shapes: Shapes, exempt: Sequence[str]
+) -> tuple[list[str], list[str]]:
     """Returns what of the model the checkpoint lacks, and what it has besides, as far as that may be."""
 
     def may_differ(name: str) -> bool:

@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dstrain.runtime.gradients import GradientReducer
 from dstrain.runtime.pipeline.messages import Mailbox, Signature
-from dstrain.runtime.pipeline.part import ModelPart, tensors_of
+from dstrain.runtime.pipeline.part import ModelPart, endings, tensors_of
 from dstrain.runtime.pipeline.split_backward import Splitter, WeightGradients
 from dstrain.runtime.spec.schedule import Action, Kind
 
@@ -96,8 +96,7 @@ class Executor:
         if splits and self._splitter is None:
             self._splitter = Splitter(self._part.model)
         self._splits = splits
-        ends = (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
-        self._endings = set({action.stage: action for action in row if action.kind in ends}.values())
+        self._endings = set(endings(row).values())
         receiving = [action for action in row if self._source(action) is not None]
         done = 0
         for action in row:
@@ -167,11 +166,7 @@ class Executor:
         stage, micro = action.stage, action.micro_batch
         held, mailbox = self._held.pop((stage, micro)), self._source(action)
         grads = [held.seed] if mailbox is None else mailbox.take(micro, self._feed.signatures[micro])
-        ends = [
-            (end, grad)
-            for end, grad in zip(held.ends, grads, strict=True)
-            if end is not None and grad is not None
-        ]
+        ends = [(end, grad) for end, grad in zip(held.ends, grads, strict=True) if end is not None and grad is not None]
         if ends:
             with self._in_backward():
                 torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])  # type: ignore[no-untyped-call]

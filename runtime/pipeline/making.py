@@ -18,9 +18,7 @@ from dstrain.runtime.spec.schedule import Schedule, check, make_schedule, read_c
 def dims_of(job: JobConfig, world_size: int) -> ParallelDims:
     """How the ranks of a job are arranged. Raises UsageError where they cannot be."""
     parallel = job.parallel
-    return parallel_dims(
-        world_size, job.zero.stage, parallel.pipeline, parallel.data_replicate, parallel.data_shard
-    )
+    return parallel_dims(world_size, job.zero.stage, parallel.pipeline, parallel.data_replicate, parallel.data_shard)
 
 
 def schedule_of(job: JobConfig, micro_batches: int) -> Schedule:

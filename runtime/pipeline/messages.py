@@ -94,7 +94,10 @@ class Mailbox:
     def take(self, micro: int, signature: Signature) -> list[Tensor | None]:
         """What has come, as leaves that require gradients where the sender's did."""
         if self._edge is None:
-            return [None if kept is None else kept.detach().requires_grad_(kept.requires_grad) for kept in self._kept.pop(micro)]
+            return [
+                None if kept is None else kept.detach().requires_grad_(kept.requires_grad)
+                for kept in self._kept.pop(micro)
+            ]
         if signature not in self._forms:
             self._forms[signature] = self._edge.receive_object(micro)
         self.post(micro, signature)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dstrain.runtime.pipeline.cuts import Chain
 from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.schedule import Action, Kind, Schedule
 
 
 class Elsewhere(nn.Module):
@@ -52,12 +53,13 @@ class ModelPart:
     whole model that mean a tensor of another name."""
 
     def __init__(
-        self, model: nn.Module, chain: Chain, layers: Sequence[range], rank_of: Sequence[int], pipeline_rank: int
+        self, model: nn.Module, chain: Chain, layers: Sequence[range], schedule: Schedule, pipeline_rank: int
     ) -> None:
-        """layers: of each stage. rank_of: the pipeline rank of each stage. pipeline_rank: this one. Takes the model
-        apart."""
+        """layers: of each stage. pipeline_rank: this one. Takes the model apart."""
         self.model, self.chain, self.layers = model, chain, list(layers)
-        self.own = own = [stage for stage, rank in enumerate(rank_of) if rank == pipeline_rank]
+        rank_of = schedule.rank_of
+        self.own = own = schedule.stages_on(pipeline_rank)
+        self._ended = endings(schedule.ranks[pipeline_rank])
         self._received = _Received()
         modules = dict(model.named_modules())
         stage_of = {
@@ -98,8 +100,8 @@ class ModelPart:
         ]
 
     def stage_of(self, name: str) -> int:
-        """Which of this rank's stages the gradient of a parameter comes from last: the first that has it."""
-        return next(stage for stage in self._stages_of[name] if stage in self.own)
+        """Which of this rank's stages gives the last part of a parameter's gradient in a step."""
+        return next(stage for stage in reversed(self._ended) if stage in self._stages_of[name])
 
     def parameters_of(self, stage: int) -> list[nn.Parameter]:
         """What a stage of this rank has."""
@@ -137,6 +139,16 @@ class ModelPart:
                 self._received.value = value
                 return forward(*args, **words)
             return forward(value)
+
+
+def endings(row: Sequence[Action]) -> dict[int, Action]:
+    """The last action of each stage that gives gradients of parameters, in the order of a rank's row."""
+    found: dict[int, Action] = {}
+    for action in row:
+        if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT):
+            found.pop(action.stage, None)
+            found[action.stage] = action
+    return found
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:

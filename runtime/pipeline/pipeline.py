@@ -30,7 +30,7 @@ class Pipeline:
         """counts: layers of each stage. Takes the model apart; all ranks call it."""
         self.dims, self.schedule, self.counts = dims, schedule, list(counts)
         self.place = dims.pipeline_rank(comm.rank)
-        self.part = ModelPart(model, chain_of(model), bounds(counts), schedule.rank_of, self.place)
+        self.part = ModelPart(model, chain_of(model), bounds(counts), schedule, self.place)
         self.data = comm.part([dims.data_ranks(place) for place in range(dims.pipeline)])
         columns = [dims.pipeline_ranks(place) for place in range(dims.data)]
         self.column = comm.part(columns)

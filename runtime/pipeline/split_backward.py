@@ -100,7 +100,9 @@ class Splitter:
 
 class _SplitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear, splitter: Splitter) -> Tensor:
+    def forward(
+        ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Linear, splitter: Splitter
+    ) -> Tensor:
         ctx.save_for_backward(given, weight)
         ctx.layer, ctx.splitter = layer, splitter
         return F.linear(given, weight, bias)

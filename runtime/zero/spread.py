@@ -129,9 +129,7 @@ def _sharded(
 
     def make(units: Sequence[ZeroUnit]) -> GradientReducer:
         sharded = accumulate == "sharded"
-        return ShardedGradients(
-            units, shards, replicas, dtype, sharded, weights.done_with, offloads, weights.lookout
-        )
+        return ShardedGradients(units, shards, replicas, dtype, sharded, weights.done_with, offloads, weights.lookout)
 
     units = [unit for unit in reversed(weights.units) if unit.is_trained]
     return weights, _staged(units, make, comm, dims, part)
@@ -176,7 +174,9 @@ def _sections(part: ModelPart | None) -> list[frozenset[str]]:
         frozenset(name for name in names if name not in part.tied_ranks and part.stage_of(name) == stage)
         for stage in part.own
     ]
-    return [section for section in [*stages, *(frozenset([name]) for name in names if name in part.tied_ranks)] if section]
+    return [
+        section for section in [*stages, *(frozenset([name]) for name in names if name in part.tied_ranks)] if section
+    ]
 
 
 def needs_whole_tensors(

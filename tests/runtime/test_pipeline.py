@@ -122,9 +122,7 @@ def pipelined(
     return work
 
 
-def assert_same(
-    ranks: list[Any], training: Training | None = None, data: int = 1, looser: float = 1.0
-) -> None:
+def assert_same(ranks: list[Any], training: Training | None = None, data: int = 1, looser: float = 1.0) -> None:
     expected = one_process(training or Training(), data)
     seen: dict[str, Tensor] = {}
     for found in ranks:
@@ -163,7 +161,9 @@ def test_two_stages_of_two_ranks_each(run_ranks: RunRanks, schedule: str, stage:
     assert_same(run_ranks(4, pipelined(schedule, 2, stage)), data=2)
 
 
-@pytest.mark.parametrize(("stage", "zero"), [(2, {"accumulate": "local"}), (1, {"accumulate": "sharded"}), (3, {"reshard": "step"})])
+@pytest.mark.parametrize(
+    ("stage", "zero"), [(2, {"accumulate": "local"}), (1, {"accumulate": "sharded"}), (3, {"reshard": "step"})]
+)
 def test_other_ways_to_add_up_and_to_gather(run_ranks: RunRanks, stage: int, zero: dict[str, Any]) -> None:
     assert_same(run_ranks(4, pipelined("1f1b", 2, stage, **zero)), data=2)
 
@@ -192,11 +192,26 @@ def hf(**values: Any) -> Callable[[], nn.Module]:
     return lambda: build_hf(HFConfig(config={**common, **values}))
 
 
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 MODELS = {
     "llama": hf(model_type="llama", **SMALL),
     "qwen2, tied": hf(model_type="qwen2", tie_word_embeddings=True, **SMALL),
-    "gpt2": hf(model_type="gpt2", n_embd=16, n_layer=3, n_head=2, n_positions=16, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
+    "gpt2": hf(
+        model_type="gpt2",
+        n_embd=16,
+        n_layer=3,
+        n_head=2,
+        n_positions=16,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    ),
 }
 
 

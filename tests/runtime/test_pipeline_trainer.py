@@ -80,7 +80,9 @@ def test_a_job_trains_validates_and_goes_on_as_one_process(
     assert "--- sample" in capfd.readouterr().out
     # step 3 of the pipeline goes on in one process
     again = trained(job, tmp_path / "again", monkeypatch, "--resume", str(tmp_path / "checkpoints" / "step-3"))
-    assert losses(again, "step", "loss") == pytest.approx(losses(alone, "step", "loss")[-len(losses(again, "step", "loss")):], abs=1e-4)
+    assert losses(again, "step", "loss") == pytest.approx(
+        losses(alone, "step", "loss")[-len(losses(again, "step", "loss")) :], abs=1e-4
+    )
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------

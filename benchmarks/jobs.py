@@ -51,13 +51,14 @@ class Job:
 @dataclass
 class Figures:
     """A job's, round by round. peak: resident memory above the floor; device_peak: what torch has had of a GPU's.
-    sent_units: of Ψ·(N-1)/N fp32 elements, in a rank's step."""
+    first_peak: of rank 0 alone. sent_units: of Ψ·(N-1)/N fp32 elements, in a rank's step."""
 
     step: Series
     peak: Series
     device_peak: Series
     sent_units: float | None = None
     losses: list[float] = field(default_factory=list)
+    first_peak: Series = field(default_factory=lambda: Series("first rank", unit="MiB"))
 
 
 def run_job(job: Job, python: str | None = None) -> Found:
@@ -90,6 +91,7 @@ def run_job(job: Job, python: str | None = None) -> Found:
             raise JobFailed(f"{job.name}: exit {[process.returncode for process, _, _ in ranks]}\n{errors}")
         found = [Found(**json.loads(_answer(out.read()))) for _, out, _ in ranks]
     first = found[0]
+    first.first_peak_mib = first.peak_mib
     first.losses = tuple(statistics.fmean(losses) for losses in zip(*(each.losses for each in found), strict=True))
     first.peak_mib = max(each.peak_mib for each in found)
     first.device_peak_mib = max(each.device_peak_mib for each in found)
@@ -130,6 +132,7 @@ def interleave(jobs: Sequence[Job], rounds: int) -> dict[str, Figures]:
             found, own = run_job(job), figures[job.name]
             own.step.values.append(found.step_s)
             own.peak.values.append(found.peak_mib - floors[job.python])
+            own.first_peak.values.append(found.first_peak_mib - floors[job.python])
             own.device_peak.values.append(found.device_peak_mib)
             own.losses = list(found.losses)
             if found.sent_bytes is not None and job.ranks > 1:

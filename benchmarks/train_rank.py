@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pipes import PIPELINE, PIPES
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,8 @@ from gpt import Work, batches, gpt, loss_of
 class Found:
     """step_s: median of a step. peak_mib: the most resident memory that the process has ever had; device_peak_mib:
     what torch has had of a GPU's. losses: of its own samples in the first and the last step. sent_bytes: in a step.
-    checked_s: of `checks`, the median of the steps that compare replicas, step_s that of the others."""
+    checked_s: of `checks`, the median of the steps that compare replicas, step_s that of the others. first_peak_mib: of
+    rank 0."""
 
     peak_mib: float = 0.0
     step_s: float = 0.0
@@ -39,6 +41,7 @@ class Found:
     device_peak_mib: float = 0.0
     activations_mib: float = 0.0
     checked_s: float = 0.0
+    first_peak_mib: float = 0.0
 
 
 def measure(trains: Contender, work: Work, data: Iterator[list[Tensor]]) -> Found:
@@ -114,6 +117,9 @@ def main(name: str, work: Work) -> None:
         found.activations_mib = activations_mib(work)
     elif name == "checks":
         found = measure_checks(work, batches(work, dist.get_rank(), dist.get_world_size()))
+    elif name in PIPES:
+        data = dist.get_rank() % (dist.get_world_size() // PIPELINE)
+        found = measure(PIPES[name](work), work, batches(work, data, dist.get_world_size() // PIPELINE))
     elif name != "floor":
         found = measure(contender(name, work), work, batches(work, dist.get_rank(), dist.get_world_size()))
     if work.device == "cuda":

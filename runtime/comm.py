@@ -1,4 +1,4 @@
-"""Communication between ranks: with `comm_group`, the only module that calls torch.distributed.
+"""Communication between ranks: with `comm_group` and `comm_edge`, the only module that calls torch.distributed.
 
 Gloo on CPU, NCCL on CUDA, behind one small class. A single process without torchrun's environment needs no
 process group: its collectives are the identity. Every wait ends after `TIMEOUT`.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from dstrain.runtime.comm_edge import Edge
 from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.spec.errors import UsageError
 
@@ -32,15 +33,30 @@ class _Done:
 
 
 class Communicator:
-    """The ranks of one job, seen from one of them.
+    """The ranks of one job, or of a part of it, seen from one of them.
 
-    rank, world_size, local_rank: as torchrun defines them. device: where this rank's tensors live.
-    traffic_bytes: what this rank has sent in collectives on tensors since `take_traffic` was last called, by
+    rank, world_size, local_rank: as torchrun defines them, rank and world_size within the part. device: where this rank's tensors live.
+    whole: the job's communicator. job_ranks: of all ranks of this part. traffic_bytes: of the whole: what this rank has sent in collectives on tensors since `take_traffic` was last called, by
     the formula of a ring: an all-reduce of S bytes over N ranks sends 2·S·(N−1)/N.
     """
 
-    def __init__(self, rank: int, world_size: int, local_rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        device: torch.device,
+        whole: Communicator | None = None,
+        parts: Sequence[Sequence[int]] = (),
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """whole, parts, group: of a part (see `part`): the job's communicator, all parts by the job's ranks, and the
+        connections of this one."""
         self.rank, self.world_size, self.local_rank, self.device = rank, world_size, local_rank, device
+        self.whole, self._group = whole or self, group
+        self._parts = [list(ranks) for ranks in parts] or [list(range(world_size))]
+        job_rank = rank if whole is None else whole.rank
+        self.job_ranks = next(ranks for ranks in self._parts if job_rank in ranks)  # of the job
         self.traffic_bytes = 0
 
     @classmethod
@@ -81,22 +97,22 @@ class Communicator:
         """
         if self.world_size == 1:
             return _Done()
-        self.traffic_bytes += 2 * tensor.nbytes * (self.world_size - 1) // self.world_size
-        work: Pending = dist.all_reduce(tensor, async_op=True)
+        self._count(2 * tensor.nbytes * (self.world_size - 1) // self.world_size)
+        work: Pending = dist.all_reduce(tensor, group=self._group, async_op=True)
         return work
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
         """Replace `tensor` by rank `source`'s, in place."""
         if self.world_size > 1:
-            self.traffic_bytes += tensor.nbytes * (self.world_size - 1) // self.world_size
-            dist.broadcast(tensor, src=source)
+            self._count(tensor.nbytes * (self.world_size - 1) // self.world_size)
+            dist.broadcast(tensor, src=self.job_ranks[source], group=self._group)
 
     def all_gather_object(self, item: T) -> list[T]:
         """Each rank's `item`, in the order of ranks. For small things such as a hash: it is pickled."""
         if self.world_size == 1:
             return [item]
         items: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self._group)
         return cast(list[T], items)
 
     def gather_object(self, item: T) -> list[T] | None:
@@ -104,7 +120,7 @@ class Communicator:
         if self.world_size == 1:
             return [item]
         items: list[T | None] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(item, items)
+        dist.gather_object(item, items, dst=self.job_ranks[0], group=self._group)
         return cast("list[T] | None", items)
 
     def broadcast_object(self, item: T, source: int = 0) -> T:
@@ -112,22 +128,41 @@ class Communicator:
         if self.world_size == 1:
             return item
         items = [item]
-        dist.broadcast_object_list(items, source)
+        dist.broadcast_object_list(items, self.job_ranks[source], group=self._group)
         return items[0]
 
     def pass_on(self, tensor: torch.Tensor, source: int, to: int) -> None:
         """Fill rank `to`'s tensor, on the CPU, with rank `source`'s; the others need not call it."""
         if self.rank == source:
-            dist.send(tensor.to(self.device), to)
+            dist.send(tensor.to(self.device), self.job_ranks[to], group=self._group)
         elif self.rank == to:
             received = tensor if self.device.type == "cpu" else torch.empty_like(tensor, device=self.device)
-            dist.recv(received, source)
+            dist.recv(received, self.job_ranks[source], group=self._group)
             if received is not tensor:
                 tensor.copy_(received)
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.all_reduce(torch.zeros(1, device=self.device))
+
+    def part(self, parts: Sequence[Sequence[int]]) -> Communicator:
+        """The part of the job that this rank is in; all ranks call it. parts: equally large, every rank in one."""
+        if len(parts) == 1:
+            return self
+        group = self._new_group(parts)
+        ranks = next(ranks for ranks in parts if self.rank in ranks)
+        place = ranks.index(self.rank)
+        return Communicator(place, len(ranks), self.local_rank, self.device, self, parts, group)
+
+    def edge(self, edges: Sequence[tuple[int, int]]) -> Edge | None:
+        """Of pairs (source, to) of the job's ranks the one that this rank is in, if any; all ranks call it."""
+        own = None
+        for source, to in edges:
+            group = dist.new_group(sorted((source, to)), timeout=TIMEOUT)
+            if self.rank in (source, to):
+                assert own is None, "a rank is in one of the pairs"
+                own = Edge(group, source, to, self.device, self._count)
+        return own
 
     def groups(self, shard_size: int, native: bool = False) -> tuple[CommGroup, CommGroup]:
         """This rank's shard group, `shard_size` neighbouring ranks, and its replicas: those with its place in theirs.
@@ -140,19 +175,33 @@ class Communicator:
         replicas = [[start * shard_size + place for start in range(count)] for place in range(shard_size)]
         return self._group_among(shards, native), self._group_among(replicas)
 
+    def some(self, groups: Sequence[Sequence[int]]) -> CommGroup | None:
+        """Of groups of the job's ranks the one that this rank is in, if any; all ranks of the job call it."""
+        made = self._new_group(groups)
+        own = next((ranks for ranks in groups if self.rank in ranks), None)
+        return None if own is None else CommGroup(made, self.device, self._count, own)
+
     def everyone(self) -> CommGroup:
         """All ranks, over connections of their own."""
         return self._group_among([list(range(self.world_size))])
 
-    def _group_among(self, partition: list[list[int]], native: bool = False) -> CommGroup:
+    def _group_among(self, partition: Sequence[Sequence[int]], native: bool = False) -> CommGroup:
+        """With connections of its own, so that gathers do not queue behind the job's all-reduces. All ranks of the job
+        call it, whichever part they are in, and all make all groups."""
+        everyones = [[[part[rank] for rank in ranks] for ranks in partition] for part in self._parts]
+        job_ranks = [ranks for groups in everyones for ranks in groups]
+        made = self._new_group(job_ranks)
+        reducing = self._new_group(job_ranks) if native else None
+        own = next(ranks for ranks in job_ranks if self.job_ranks[self.rank] in ranks)
+        return CommGroup(made, self.device, self._count, own, reducing)
+
+    def _new_group(self, partition: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+        """Of the job's ranks, those that this one is together with; None where it is alone."""
         own = None
         for ranks in partition:
-            # Each with connections of its own, so that gathers do not queue behind the job's all-reduces.
-            made = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 else None
-            reducing = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) > 1 and native else None
-            if self.rank in ranks:
-                own = CommGroup(made, self.device, self._count, ranks, reducing)
-        assert own is not None
+            made = dist.new_group(list(ranks), timeout=TIMEOUT) if len(ranks) > 1 else None
+            if self.job_ranks[self.rank] in ranks:
+                own = made
         return own
 
     def store(self) -> JobStore:
@@ -160,7 +209,7 @@ class Communicator:
         return JobStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
     def _count(self, sent: int) -> None:
-        self.traffic_bytes += sent
+        self.whole.traffic_bytes += sent
 
     def take_traffic(self) -> int:
         """The bytes sent since the last call."""

@@ -65,7 +65,7 @@ TRIAL_ELEMENTS = 1 << 20
 
 
 class Pending(Protocol):
-    """A collective under way."""
+    """A collective or a message under way."""
 
     def wait(self) -> object:
         """Return once the result may be used. RuntimeError when a rank has gone or the timeout is over."""

@@ -37,10 +37,15 @@ from dstrain.runtime.ema import WeightAverage
 from dstrain.runtime.hooks import Hook
 from dstrain.runtime.loss_scale import LossScaler
 from dstrain.runtime.optimizers import set_learning_rate
+from dstrain.runtime.pipeline.feed import TrainingFeed
+from dstrain.runtime.pipeline.gradients import StagedGradients
+from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.precision import DTYPES, first_non_finite
 from dstrain.runtime.replicas import ReplicaGuard
 from dstrain.runtime.spec.errors import NonFiniteError, UsageError
+from dstrain.runtime.spec.parallel_dims import parallel_dims
 from dstrain.runtime.spec.training_config import CheckpointConfig, ParallelConfig, PrecisionConfig, ZeroConfig
+from dstrain.runtime.task import Task
 from dstrain.runtime.zero.divergence import ranks_in_words
 from dstrain.runtime.zero.spread import needs_whole_tensors, spread
 
@@ -133,9 +138,16 @@ class Engine:
         optimizer: torch.optim.Optimizer | OptimizerFactory,
         schedule: Schedule | Callable[[torch.optim.Optimizer], Schedule],
         fill: Callable[[Tensor], object] = lambda parameter: None,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        """fill: gives a parameter its numbers, for a module whose parameters wait for it (`build_deferred`)."""
-        self.module, self.comm, self.config = module, comm, config
+        """fill: gives a parameter its numbers, for a module whose parameters wait for it (`build_deferred`). pipeline:
+        of which the module is some stages."""
+        self.module, self.comm, self.config, self.pipeline = module, comm, config, pipeline
+        parallel = config.parallel
+        self.dims = parallel_dims(
+            comm.world_size, config.zero.stage, parallel.pipeline, parallel.data_replicate, parallel.data_shard
+        )
+        self.data = comm if pipeline is None else pipeline.data
         self.global_step = self.micro_step = 0
         self._stepped_behind = 0  # micro-batches of the step under way, when step() was last called
         self.learning_rate = self.grad_norm = 0.0
@@ -145,9 +157,19 @@ class Engine:
         self.loaded: Loaded | None = None
         self.stop_requested = self.save_requested = False
         trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self._elsewhere = [] if pipeline is None else pipeline.part.elsewhere
+        trained += self._elsewhere
         whole_tensors = config.zero.stage > 0 and needs_whole_tensors(optimizer, trained)
         self.weights, self.gradients = spread(
-            module, comm, config.zero, config.parallel, config.precision, whole_tensors, fill, config.compile
+            module,
+            self.data,
+            self.dims,
+            config.zero,
+            config.precision,
+            whole_tensors,
+            fill,
+            config.compile,
+            None if pipeline is None else pipeline.part,
         )
         self._parameters = dict(module.named_parameters())
         self._seen_traits = self._traits()
@@ -159,16 +181,25 @@ class Engine:
         self.scaler = LossScaler(config.precision.loss_scale, enabled=config.precision.dtype == "fp16")
         self.average = WeightAverage(self.trained, config.ema_decay) if config.ema_decay else None
         self.replicas = ReplicaGuard(
-            comm, self.weights, self.optimizer, self._parameters, self.average, config.check_replicas_every
+            comm,
+            self.weights,
+            self.optimizer,
+            self._parameters,
+            self.average,
+            config.check_replicas_every,
+            self.dims.pipeline,
         )
         self._is_ordered = False
         self._left_out = 0  # steps in a row that were not finite
         adopt = Hook(lambda *_: self.weights.adopt(list(module.parameters())))
         module.register_load_state_dict_post_hook(adopt)  # type: ignore[no-untyped-call] # torch's
         self._forward: Callable[..., Any] = torch.compile(module) if config.compile else module
-        # Sum of the loss, tokens, stop, save, squares of gradients; the order of gathers, and its square; who could go
-        # on with the save in flight.
-        self._totals = torch.zeros(8, dtype=torch.float64, device=comm.device)
+        if pipeline is not None:
+            assert isinstance(self.gradients, StagedGradients)
+            pipeline.attach(self.__call__, self.weights.in_backward, self.gradients)
+        # Sum of the loss, tokens, stop, save, squares of gradients; who could go on with the save in flight; of each
+        # part of the model, the order of gathers, and its square.
+        self._totals = torch.zeros(6 + 2 * self.dims.pipeline, dtype=torch.float64, device=comm.device)
         in_fp16 = "fp16" in (config.precision.dtype, config.precision.reduce_dtype)
         self._unit = 0.0 if in_fp16 else 1.0
 
@@ -240,18 +271,19 @@ class Engine:
         with self.weights.at_step_end():
             self.gradients.wait()
             squares = self.gradients.squares()
-            if self.weights.sharers > 1:  # each has the squares of its own shards
+            is_spread = self.weights.sharers > 1 or self.dims.pipeline > 1
+            if is_spread:  # each has the squares of its own shards
                 self._totals[4] = squares
-            order = float(self.weights.order)
-            can_advance = self.saver is not None and self.saver.is_ready
-            self._totals[5:8] = torch.tensor([order, order * order, can_advance], dtype=torch.float64)
+            self._totals[5] = self.saver is not None and self.saver.is_ready
+            self._note_order()
             reading = self.replicas.all_reduce(self._totals, self.global_step + 1)
-            if self.weights.sharers == 1:
+            if not is_spread:
                 self._totals[4] = squares
-            loss_sum, tokens, stop, save, total, orders, their_squares, ready = self._totals.tolist()
-        self.weights.check_order(orders, their_squares, self.world_size)
+            loss_sum, tokens, stop, save, total, ready, *orders = self._totals.tolist()
+        for part in range(self.dims.pipeline):
+            self.weights.check_order(*orders[2 * part : 2 * part + 2], self.dims.data_ranks(part))
         self.replicas.check(reading, f"step {self.global_step + 1}")
-        norm = math.sqrt(total * self.weights.sharers / self.world_size if self.weights.sharers > 1 else total)
+        norm = math.sqrt(total * self.weights.sharers / self.dims.data if is_spread else total)
         divisor = tokens * self.scaler.value / self._unit if tokens else 1.0
         result = StepResult(loss_sum / max(tokens, 1), norm / divisor, int(tokens), stop=stop > 0, save=save > 0)
         is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
@@ -268,6 +300,22 @@ class Engine:
         if self.saver is not None and self.saver.in_flight and ready == self.world_size:
             self.saver.advance()
         return result._replace(skipped=not is_finite)
+
+    def train_batch(self, task: Task, batches: Sequence[Any]) -> StepResult:
+        """One step of a pipeline: all its micro-batches, on this rank's device, through all stages, and the update.
+
+        Each rank of a pipeline has the same batches. Raises as `step` does.
+        """
+        assert self.pipeline is not None
+        feed = TrainingFeed(task, batches)
+        unit = self._choose_unit(max(feed.weights))
+        feed.scale = self.scaler.value / unit
+        self.pipeline.train(feed)
+        self._totals[:2] = torch.tensor(feed.totals, dtype=torch.float64)
+        self.micro_step = self.config.accumulation
+        result = self.step()
+        assert result is not None
+        return result
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -384,7 +432,7 @@ class Engine:
         for module in self.module.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if name not in module._non_persistent_buffers_set:
-                    self.comm.broadcast(buffer)
+                    self.data.broadcast(buffer)
 
     @contextlib.contextmanager
     def whole(self, parameters: Iterable[nn.Parameter], changed_on: int | None = None) -> Iterator[None]:
@@ -405,8 +453,8 @@ class Engine:
     def _own_optimizer(self, given: torch.optim.Optimizer | OptimizerFactory) -> torch.optim.Optimizer:
         """An optimizer of `self.trained`. One that was made for the model's parameters is taken over, also where a
         factory made it so and did not look at what it was given."""
-        made = given if isinstance(given, torch.optim.Optimizer) else given(self.trained)
-        own = {parameter for _, parameter in self.trained}
+        made = given if isinstance(given, torch.optim.Optimizer) else given([*self.trained, *self._elsewhere])
+        own = {parameter for _, parameter in [*self.trained, *self._elsewhere]}
         members = (parameter for group in made.param_groups for parameter in group["params"])
         if made is given or any(member.requires_grad and member not in own for member in members):
             self.weights.stand_in(made)
@@ -417,10 +465,15 @@ class Engine:
     def _choose_unit(self, weight: int) -> float:
         """[Note: loss scale] Chosen once, in the first backward, by rank 0."""
         if not self._unit:
-            tokens = torch.tensor([weight * self.world_size * self.config.accumulation], device=self.device)
+            tokens = torch.tensor([weight * self.dims.data * self.config.accumulation], device=self.device)
             self.comm.broadcast(tokens)
             self._unit = 2.0 ** round(math.log2(max(1, int(tokens))))
         return self._unit
+
+    def _note_order(self) -> None:
+        """In the places of this rank's part of the model."""
+        order, place = float(self.weights.order), 6 + 2 * self.dims.pipeline_rank(self.rank)
+        self._totals[place : place + 2] = torch.tensor([order, order * order], dtype=torch.float64)
 
     def _clip_factor(self, norm: float) -> float:
         """The factor of torch's clip_grad_norm_."""
@@ -488,7 +541,7 @@ class Engine:
 
     def _begin_step(self) -> None:
         if not self._is_ordered:
-            self.gradients.launch_in(self.comm.all_gather_object(self.gradients.order())[0])
+            self.gradients.launch_in(self.data.all_gather_object(self.gradients.order())[0])
             self._is_ordered = True
         self.global_step += 1
         self.micro_step = self._stepped_behind = 0
@@ -498,7 +551,7 @@ class Engine:
 
     def _broadcast_buffers(self) -> None:
         for buffer in self.module.buffers():
-            self.comm.broadcast(buffer)
+            self.data.broadcast(buffer)
 
 
 class JobSchedule:

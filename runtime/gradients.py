@@ -131,7 +131,8 @@ class GradientBucket:
 class GradientReducer(ABC):
     """The gradients of all trained parameters, summed over micro-batches and ranks. [Note: gradients]
 
-    Subclasses say where a bucket's buffer comes from, what its reduction is, and what comes out.
+    Subclasses say where a bucket's buffer comes from, what its reduction is, and what comes out. uncounted: parameters
+    that another pipeline stage has too, and counts in the norm; each is alone in its bucket.
     """
 
     def __init__(self, buckets: Sequence[GradientBucket]) -> None:
@@ -142,16 +143,18 @@ class GradientReducer(ABC):
         self._completed: list[int] = []  # in this backward, by their numbers
         self._number_of = {id(bucket): number for number, bucket in enumerate(self.buckets)}
         self._reduces = self._in_backward = self._counts = False
+        self.uncounted: set[nn.Parameter] = set()
+        self._early: dict[nn.Parameter, Tensor] = {}
         for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)  # type: ignore[no-untyped-call] # torch's
+            parameter.register_post_accumulate_grad_hook(self._come)  # type: ignore[no-untyped-call] # torch's
 
     @abstractmethod
     def wait(self) -> None:
         """Until all gradients are sums over all ranks."""
 
     @abstractmethod
-    def reduced(self) -> Iterator[Tensor]:
-        """What this rank has of them, flat or not."""
+    def reduced(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """What this rank has of them, flat or not, each with the first parameter in it."""
 
     @abstractmethod
     def _open(self, bucket: GradientBucket) -> None:
@@ -192,7 +195,8 @@ class GradientReducer(ABC):
         """The sum of squares of what this rank has, float64, one number."""
         norms = [
             torch.linalg.vector_norm(piece, dtype=_norm_dtype(piece))
-            for gradient in self.reduced()
+            for first, gradient in self.reduced()
+            if first not in self.uncounted
             for piece in torch.split(gradient.reshape(-1), _NORM_ELEMENTS)
         ]
         if not norms:
@@ -201,12 +205,17 @@ class GradientReducer(ABC):
 
     def scale(self, factor: float) -> None:
         """Multiply all gradients."""
-        for gradient in self.reduced():
+        for _, gradient in self.reduced():
             gradient.mul_(factor)
+
+    def sum_of(self, parameter: nn.Parameter) -> Tensor:
+        """Of a parameter that is alone in its bucket: what this rank has of its gradient, once `wait` has returned."""
+        return next(gradient for first, gradient in self.reduced() if first is parameter)
 
     def begin_step(self) -> None:
         """Forget the gradients."""
         self._launched = 0
+        self._early.clear()
         for bucket in self.buckets:
             bucket.begin_filling()
             bucket.forget_sample()
@@ -218,10 +227,30 @@ class GradientReducer(ABC):
     def _reduces_in(self, last: bool) -> bool:
         return last
 
-    def _on_gradient(self, parameter: Tensor) -> None:
+    def take(self, parameter: nn.Parameter) -> None:
+        """A gradient that no autograd has put into `parameter.grad`, but somebody else, within a backward."""
+        self._come(parameter)
+
+    def come_early(self, parameter: nn.Parameter) -> None:
+        """A part of the gradient of this reducer's next backward: `parameter.grad`, which is taken."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        early = self._early.get(parameter)
+        self._early[parameter] = gradient if early is None else early + gradient
+
+    def changed(self, parameter: nn.Parameter) -> None:
+        """Somebody has changed `sum_of(parameter)`."""
+
+    def _come(self, parameter: Tensor) -> None:
         if not self._in_backward:
             return
         assert isinstance(parameter, nn.Parameter)
+        if self._early and parameter in self._early:
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad + self._early.pop(parameter)
+        self._on_gradient(parameter)
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
         bucket = self._bucket_of[parameter]
         if self._reduces and self._number_of[id(bucket)] in self._in_order[: self._launched]:
             self._refuse_late(bucket, parameter)
@@ -269,10 +298,10 @@ class ReplicatedGradients(GradientReducer):
             pending.wait()
         self._pending.clear()
 
-    def reduced(self) -> Iterator[Tensor]:
+    def reduced(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for bucket in self.buckets:
             assert bucket.flat is not None
-            yield bucket.flat
+            yield bucket.parameters[0], bucket.flat
 
     def of_parameters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter with its gradient."""
@@ -303,8 +332,8 @@ class OwnGradients(GradientReducer):
     def wait(self) -> None:
         """They are sums already."""
 
-    def reduced(self) -> Iterator[Tensor]:
-        yield from self._held.values()
+    def reduced(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        yield from self._held.items()
 
     def of_parameters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter with its gradient."""
@@ -319,13 +348,11 @@ class OwnGradients(GradientReducer):
                         self._held[parameter] = torch.zeros_like(parameter, dtype=bucket.dtype)
 
     def begin_step(self) -> None:
+        self._early.clear()
         self._held.clear()
         self._storages.clear()
 
-    def _on_gradient(self, parameter: Tensor) -> None:
-        if not self._in_backward:
-            return
-        assert isinstance(parameter, nn.Parameter)
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
         gradient, parameter.grad = parameter.grad, None
         if not self._counts:

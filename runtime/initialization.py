@@ -63,6 +63,9 @@ def initialize(
             fill = deferred.fill
         else:
             model = make()
+    if job.parallel.pipeline > 1:
+        fix = "let dstrain run train a job.yaml with model.factory"
+        raise UsageError.mismatch("parallel.pipeline", "1 in a script of one's own", str(job.parallel.pipeline), fix)
     accumulation = job.batch.accumulation(comm.world_size) if job.batch else 1
     if job.train.activation_checkpointing is not None:
         checkpoint_activations(model, job.train.activation_checkpointing)

@@ -124,7 +124,7 @@ class MasterWeights:
         """That of gathers: there are none."""
         return 0
 
-    def check_order(self, total: float, squares: float, ranks: int) -> None:
+    def check_order(self, total: float, squares: float, ranks: Sequence[int]) -> None:
         """It never differs."""
 
     def begin_step(self) -> None:

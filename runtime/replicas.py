@@ -78,11 +78,14 @@ class ReplicaGuard:
         parameters: Mapping[str, nn.Parameter],
         average: WeightAverage | None,
         every: int | None,
+        parts: int = 1,
     ) -> None:
-        """parameters: of the model, by name. every: steps between two slices; None or 0: never."""
+        """comm: the whole job's. parameters: of the model, by name. parts: of the model, each on as many neighbouring
+        ranks. every: steps between two slices; None or 0: never."""
         self._comm, self._weights, self._optimizer = comm, weights, optimizer
         self._parameters, self._average = parameters, average
         self._every = every if every and comm.world_size > 1 else 0
+        self._parts = parts
         self._kinds: list[Kind] | None = None
 
     @torch.no_grad()
@@ -125,18 +128,23 @@ class ReplicaGuard:
 
     def _find_kinds(self) -> list[Kind]:
         """[Note: what is compared], [Note: unlike processors]"""
-        ranks, sharers = self._comm.world_size, self._weights.sharers
+        ranks, sharers = self._comm.world_size // self._parts, self._weights.sharers
         alike = len(set(self._comm.all_gather_object(_processor(self._comm.device)))) == 1
         shards = [list(range(first, first + sharers)) for first in range(0, ranks, sharers)]
         groups = [list(range(ranks))] if alike else shards
         kinds = []
-        if len(groups[0]) > 1 and self._copies():
-            kinds.append(Kind(self._copies, groups))
+        if len(groups[0]) > 1 and any(self._comm.all_gather_object(bool(self._copies()))):
+            kinds.append(Kind(self._copies, self._in_all_parts(groups)))
         if alike and sharers < ranks:
-            kinds.append(Kind(self._state, [list(range(place, ranks, sharers)) for place in range(sharers)]))
+            same = [list(range(place, ranks, sharers)) for place in range(sharers)]
+            kinds.append(Kind(self._state, self._in_all_parts(same)))
         if not alike:
             self._tell_unlike()
         return kinds
+
+    def _in_all_parts(self, groups: list[list[int]]) -> list[list[int]]:
+        size = self._comm.world_size // self._parts
+        return [[part * size + rank for rank in group] for part in range(self._parts) for group in groups]
 
     def _tell_unlike(self) -> None:
         if self._comm.rank == 0:

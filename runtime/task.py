@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,26 +17,48 @@ from dstrain.runtime.spec.errors import UsageError
 Forward = Callable[..., Any]
 
 
-class Task(Protocol):
-    """loss: (mean over what is counted, how much that is) of one micro-batch. unit: of what is counted."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Task(ABC):
+    """What a micro-batch is to a model. unit: of what is counted."""
 
     unit: str
 
+    @abstractmethod
+    def arguments(self, batch: Any) -> Arguments:
+        """Of the model's forward, positional and by name."""
+
+    @abstractmethod
+    def loss_of(self, output: Any, batch: Any) -> Tensor:
+        """The loss, a mean over what is counted, of what the model has given."""
+
+    @abstractmethod
+    def count(self, batch: Any) -> int:
+        """How much is counted in a micro-batch."""
+
     def loss(self, forward: Forward, batch: Any) -> tuple[Tensor, int]:
-        """One forward, and its loss."""
+        """One forward; its loss, and over how much that is the mean."""
+        args, words = self.arguments(batch)
+        return self.loss_of(forward(*args, **words), batch), self.count(batch)
 
 
-class LanguageTask:
+class LanguageTask(Task):
     """Batches of tokens, (micro, length + 1) int64: each token predicts the next. In nats per token."""
 
     unit = "tokens"
 
-    def loss(self, forward: Forward, batch: Any) -> tuple[Tensor, int]:
-        logits = logits_of(forward(batch[:, :-1]))
-        return next_token_loss(logits, batch), batch[:, 1:].numel()
+    def arguments(self, batch: Any) -> Arguments:
+        return (batch[:, :-1],), {}
+
+    def loss_of(self, output: Any, batch: Any) -> Tensor:
+        return next_token_loss(logits_of(output), batch)
+
+    def count(self, batch: Any) -> int:
+        return int(batch[:, 1:].numel())
 
 
-class SampleTask:
+class SampleTask(Task):
     """Batches of (input, …, target), or of names: the loss is `train.loss`'s, or what the model returns."""
 
     unit = "samples"
@@ -43,16 +66,23 @@ class SampleTask:
     def __init__(self, loss: str | None) -> None:
         self._loss: Callable[..., Tensor] | None = load_object(loss, "train.loss") if loss else None
 
-    def loss(self, forward: Forward, batch: Any) -> tuple[Tensor, int]:
+    def arguments(self, batch: Any) -> Arguments:
         if self._loss is None:
-            output = forward(**batch) if isinstance(batch, Mapping) else forward(*_parts(batch))
-            return _own_loss(output), _samples(batch)
-        *inputs, target = _parts(batch)
-        loss = self._loss(forward(*inputs), target)
+            return ((), dict(batch)) if isinstance(batch, Mapping) else (_parts(batch), {})
+        *inputs, _ = _parts(batch)
+        return tuple(inputs), {}
+
+    def loss_of(self, output: Any, batch: Any) -> Tensor:
+        if self._loss is None:
+            return _own_loss(output)
+        loss = self._loss(output, _parts(batch)[-1])
         if not isinstance(loss, Tensor) or loss.dim():
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UsageError.mismatch("train.loss", "a scalar tensor, the mean over the samples", found)
-        return loss, len(target)
+        return loss
+
+    def count(self, batch: Any) -> int:
+        return _samples(batch) if self._loss is None else len(_parts(batch)[-1])
 
 
 def task_of(batch: Any, loss: str | None) -> Task:

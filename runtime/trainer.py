@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,9 @@ from dstrain.runtime.lr_schedule import LRSchedule
 from dstrain.runtime.models.build import build_model, context_of, vocabulary_of
 from dstrain.runtime.models.language import generate
 from dstrain.runtime.optimizers import make_optimizer
+from dstrain.runtime.pipeline.feed import ValidationFeed
+from dstrain.runtime.pipeline.making import dims_of, make_pipeline
+from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.reporting import Reporter
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import (
@@ -78,13 +82,15 @@ class Trainer:
         assert job.batch is not None
         assert job.train.steps is not None
         self.job, self.comm, self.steps, self.micro = job, comm, job.train.steps, job.batch.micro
-        accumulation = job.batch.accumulation(comm.world_size)
-        self.layout = BatchLayout(comm.rank, comm.world_size, self.micro, accumulation)
+        dims = dims_of(job, comm.world_size)
+        self.accumulation = job.batch.accumulation(dims.data)
+        self.layout = BatchLayout(dims.data_rank(comm.rank), dims.data, self.micro, self.accumulation)
 
         torch.manual_seed(job.train.seed)  # the same parameters whatever the number of ranks
         fill: Callable[[Tensor], object] = is_full
-        build = partial(build_model, job.model, parameters=comm.rank == 0)  # of files; the others get rank 0's
-        if job.zero.stage == 3:
+        gives = self.layout.rank == 0
+        build = partial(build_model, job.model, parameters=gives)  # of files; the others get that rank's
+        if job.zero.stage == 3 or dims.pipeline > 1:
             model, deferred = build_deferred(lambda deferred: build(deferred.refill_by))
             fill = deferred.fill
         else:
@@ -92,6 +98,7 @@ class Trainer:
         seed_all(job.train.seed + 1 + comm.rank)  # what is random in training differs between ranks
         if job.train.activation_checkpointing is not None:
             checkpoint_activations(model, job.train.activation_checkpointing)
+        pipeline = make_pipeline(job, model, comm, dims, self.accumulation) if dims.pipeline > 1 else None
         self.sequence_length = job.data.sequence_length or context_of(model, job.model)
         self.data = open_data(job.data, self.sequence_length, comm)
         _check_vocabulary(job, self.data.vocabulary, vocabulary_of(model, job.model))
@@ -101,10 +108,11 @@ class Trainer:
         self.engine = Engine(
             model,
             comm,
-            engine_config(job, accumulation),
+            engine_config(job, self.accumulation),
             lambda parameters: make_optimizer(parameters, job.optimizer),
             JobSchedule(job.optimizer.lr, LRSchedule(job.schedule, self.steps)),
             fill,
+            pipeline,
         )
         self.task = task_of(self.data.training.batch(range(1)), job.train.loss)
         self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
@@ -181,7 +189,7 @@ class Trainer:
         """One optimizer step over this rank's micro-batches. May raise NonFiniteError and
         ReplicasDifferError; the first one UsageError."""
         begun = time.perf_counter()
-        result = None
+        result = self._train_batch(loader) if self.engine.pipeline is not None else None
         while result is None:
             batch = loader.next()
             with contextlib.nullcontext() if self.has_begun else explained(batch, self.comm.device):
@@ -190,6 +198,14 @@ class Trainer:
             self.engine.backward(loss, count)
             result = self.engine.step()
         self.report.step(result, step_s=time.perf_counter() - begun, data_wait_s=loader.take_wait_s())
+        return result
+
+    def _train_batch(self, loader: Loader) -> StepResult:
+        """A step of a pipeline."""
+        batches = [loader.next() for _ in range(self.accumulation)]
+        with contextlib.nullcontext() if self.has_begun else explained(batches[0], self.comm.device):
+            result = self.engine.train_batch(self.task, batches)
+        self.has_begun = True
         return result
 
     @torch.no_grad()
@@ -201,7 +217,7 @@ class Trainer:
         engine.module.eval()
         engine.share_buffers()
         with engine.averaged():
-            for on_cpu, counts in self._validation_batches():
+            for on_cpu, counts in self._validation_batches() if engine.pipeline is None else ():
                 batch, what = to_device(on_cpu, comm.device), "the first batch of validation"
                 with contextlib.nullcontext() if self.has_validated else explained(batch, comm.device, what):
                     loss, count = self.task.loss(engine, batch)
@@ -211,6 +227,8 @@ class Trainer:
                 if time.monotonic() - said_at > ALIVE_S:
                     self.report.alive()
                     said_at = time.monotonic()
+            if engine.pipeline is not None:
+                totals += self._validate_batches(engine.pipeline)
         engine.module.train()
         totals = totals.to(comm.device)
         comm.all_reduce(totals)
@@ -222,17 +240,28 @@ class Trainer:
         self.report.validation(val_loss)
         return val_loss
 
+    def _validate_batches(self, pipeline: Pipeline) -> Tensor:
+        """The sum of the loss and what was counted, where the last stage is; so many at a time as in a step."""
+        totals, taken = torch.zeros(2, dtype=torch.float64), self._validation_batches()
+        while some := list(islice(taken, self.accumulation)):
+            batches = [to_device(batch, self.comm.device) for batch, _ in some]
+            feed = ValidationFeed(self.task, batches, [counts for _, counts in some])
+            pipeline.forward(feed)
+            totals += torch.tensor(feed.totals, dtype=torch.float64)
+            self.report.alive()
+        return totals
+
     def _validation_batches(self) -> Iterator[tuple[Batch, bool]]:
         """This rank's share, and whether each batch counts; equally many on all ranks where a forward needs them."""
-        validation, comm, samples = self.data.validation, self.comm, self.job.train.eval_samples
+        validation, samples, data = self.data.validation, self.job.train.eval_samples, self.engine.data
         assert validation is not None
 
         def share(rank: int) -> Iterator[Batch]:
-            return validation.batches(samples, rank, comm.world_size, self.micro)
+            return validation.batches(samples, rank, data.world_size, self.micro)
 
         if self.engine.weights.backward_gathers:
-            return in_step(share(comm.rank), lambda: share(0), comm)
-        return ((batch, True) for batch in share(comm.rank))
+            return in_step(share(data.rank), lambda: share(0), data)
+        return ((batch, True) for batch in share(data.rank))
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
@@ -295,16 +324,23 @@ class Trainer:
     def _show_sample(self) -> None:
         """Text that the model goes on to write after a line's end; where the model is sharded, on all ranks at once."""
         count = self.job.train.sample_bytes
-        is_needed = self.comm.rank == 0 or self.engine.weights.sharers > 1
+        pipeline = self.engine.pipeline
+        is_needed = self.comm.rank == 0 or self.engine.weights.sharers > 1 or pipeline is not None
         if not is_needed or not count or self.data.decode is None or not isinstance(self.task, LanguageTask):
             return
         prompt = torch.tensor([SAMPLE_PROMPT], device=self.comm.device)
         generator = torch.Generator().manual_seed(self.job.train.seed)
         model = self.engine.module
         model.eval()
+        forward = model if pipeline is None else lambda seen: pipeline.everywhere(((seen,), {}))
         with self.engine.averaged():
             tokens: Tensor = generate(
-                model, prompt, count, temperature=SAMPLE_TEMPERATURE, generator=generator, context=self.sequence_length
+                forward,
+                prompt,
+                count,
+                temperature=SAMPLE_TEMPERATURE,
+                generator=generator,
+                context=self.sequence_length,
             )
         text = self.data.decode(tokens.tolist())
         if text is not None:

@@ -86,7 +86,7 @@ def test_floor(path: Path) -> None:
         if f"dstrain.{room.removesuffix('.py').replace('/', '.')}" in PLAIN_RUNTIME:
             assert top in STANDARD or name.startswith("dstrain.runtime.spec."), f"{room}: {name} is not without torch"
         if name.startswith("torch.distributed"):
-            rooms = ("comm", "comm_group", "last_words", "zygote")  # the last two: only a store
+            rooms = ("comm", "comm_edge", "comm_group", "last_words", "zygote")  # the last two: only a store
             assert room in {f"runtime/{each}.py" for each in rooms}, f"{room}: torch.distributed"
 
 

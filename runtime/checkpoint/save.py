@@ -313,10 +313,11 @@ class Saver:
         for vote in votes:
             for name, values in vote.scalars.items():
                 scalars.setdefault(name, values)
-        order = {name: place for place, name in enumerate(captured.order)}
+        names = dict.fromkeys(name for vote in votes for name in vote.order)
+        order = {name: place for place, name in enumerate(names)}
         entries = sorted(entries_of(files), key=lambda entry: order.get(entry.name, len(order)))
         values = {**captured.values, "extra": flight.extra, "model": describe_model(self._engine)}
-        values["optimizer"]["scalars"] = {name: scalars[name] for name in captured.trained if name in scalars}
+        values["optimizer"]["scalars"] = dict(sorted(scalars.items()))
         flight.size = sum(written.size for _, written in files)
         manifest = Manifest(
             step=flight.step,
@@ -324,6 +325,7 @@ class Saver:
                 "world_size": self._comm.world_size,
                 "stage": self._engine.config.zero.stage,
                 "data_shard": self._engine.weights.sharers,
+                "pipeline": self._engine.dims.pipeline,
             },
             versions={"torch": torch.__version__, "python": platform.python_version()},
             run_id=os.environ.get("DSTRAIN_RUN_ID", ""),

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,6 +25,7 @@ from dstrain.runtime.checkpoint.dtypes import DTYPES, NAMES
 from dstrain.runtime.checkpoint.manifest import Piece, TensorEntry
 from dstrain.runtime.checkpoint.parts import Part
 from dstrain.runtime.engine import Engine, TorchSchedule
+from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.spec.errors import CheckpointError
 
 LARGE_BYTES = 1 << 20
@@ -92,7 +94,37 @@ def capture_model(engine: Engine) -> dict[str, Stored]:
             return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
         return Stored(tuple(tensor.shape), shard.dtype, lambda: engine.weights.collect(name, shard))
 
-    return {name: stored(name.removeprefix("model."), tensor) for name, tensor in model_tensors(engine).items()}
+    own = {name: stored(name.removeprefix("model."), tensor) for name, tensor in model_tensors(engine).items()}
+    return own if engine.pipeline is None else _of_all_stages(engine, engine.pipeline, own)
+
+
+def _of_all_stages(engine: Engine, pipeline: Pipeline, own: Mapping[str, Stored]) -> dict[str, Stored]:
+    """What other stages have is sent to rank 0 by the first rank that has it."""
+    counted = {
+        name: (stored.shape, stored.dtype)
+        for name, stored in own.items()
+        if pipeline.part.is_counted(name.removeprefix("model."))
+    }
+    everyones = engine.comm.all_gather_object(counted)
+
+    def fetch(name: str, shape: tuple[int, ...], dtype: torch.dtype, place: int) -> Tensor | None:
+        source = engine.dims.data_ranks(place)[0]
+        whole = own[name].whole() if pipeline.place == place else None
+        if source == 0 or engine.rank not in (0, source):
+            return whole if engine.rank == 0 else None
+        if engine.rank == source:
+            assert whole is not None
+            engine.comm.pass_on(whole.detach().contiguous().view(-1).view(torch.uint8), source, 0)
+            return None
+        received = torch.empty(shape, dtype=dtype)
+        engine.comm.pass_on(received.view(-1).view(torch.uint8), source, 0)
+        return received
+
+    return {
+        name: Stored(shape, dtype, partial(fetch, name, shape, dtype, place))
+        for place in range(engine.dims.pipeline)
+        for name, (shape, dtype) in everyones[engine.dims.data_ranks(place)[0]].items()
+    }
 
 
 def describe_model(engine: Engine) -> dict[str, Any]:
@@ -104,6 +136,8 @@ def describe_model(engine: Engine) -> dict[str, Any]:
         known = first.setdefault(id(tensor), name)
         if known != name:
             tied[name] = known
+    if engine.pipeline is not None:
+        tied = engine.pipeline.part.aliases
     kind = None if config is None else "hf"
     return {"kind": kind, "config": config, "generation_config": generation, "tied": tied}
 
@@ -115,13 +149,15 @@ def _as_json(config: Any) -> Any:
 
 def capture(engine: Engine) -> Captured:
     """Everything that the next step depends on, of which this rank writes its share. [Note: shares]"""
-    weights, comm = engine.weights, engine.comm
+    weights, comm, data = engine.weights, engine.comm, engine.data
     shared, sharded, own = _Row(engine), _Row(engine), _Row(engine)
     alike = sharded if weights.sharers > 1 else shared  # by elements, or all of it
     found = Captured(trained=[name for name, _ in engine.trained])
     for full_name, tensor in model_tensors(engine).items():
         found.order.append(full_name)
         name = full_name.removeprefix("model.")
+        if not _saves(engine, name):
+            continue
         shard = weights.shard_of(name)
         if shard is None:
             shared.add(full_name, tuple(tensor.shape), tensor)
@@ -129,6 +165,8 @@ def capture(engine: Engine) -> Captured:
             alike.add(full_name, tuple(tensor.shape), shard, weights.interval_of(name))
     for name, tensor, kind in _beside_the_model(engine):
         found.order.append(f"{kind}.{name}")
+        if not _saves(engine, name):
+            continue
         alike.add(f"{kind}.{name}", _whole_shape(engine, name), tensor, weights.interval_of(name))
     for name, parameter in engine.trained:
         start, stop = weights.interval_of(name)
@@ -138,16 +176,18 @@ def capture(engine: Engine) -> Captured:
                 found.scalars.setdefault(name, {})[key] = value
                 continue
             found.order.append(full_name)
+            if not _saves(engine, name):
+                continue
             if value.shape == parameter.shape:
                 alike.add(full_name, _whole_shape(engine, name), value, (start, stop))
             elif start == 0 < stop:  # who has a parameter's beginning has what there is of it once
                 alike.add(full_name, tuple(value.shape), value)
     for name, tensor in capture_rng().items():
         own.add(f"rng.{comm.rank}.{name}", tuple(tensor.shape), tensor)
-    replicas = comm.world_size // weights.sharers
+    replicas = data.world_size // weights.sharers
     found.held = [
-        *share(shared.held, comm.world_size, comm.rank),
-        *share(sharded.held, replicas, comm.rank // weights.sharers),
+        *share(shared.held, data.world_size, data.rank),
+        *share(sharded.held, replicas, data.rank // weights.sharers),
         *own.held,
     ]
     groups = [
@@ -159,6 +199,11 @@ def capture(engine: Engine) -> Captured:
         "engine": engine.state_dict(),
     }
     return found
+
+
+def _saves(engine: Engine, name: str) -> bool:
+    """Whether this rank's part of the model is the one that a tensor is saved with."""
+    return engine.pipeline is None or engine.pipeline.part.is_counted(name)
 
 
 def _plain(value: Any) -> Any:
@@ -256,7 +301,7 @@ class Restoration:
         self.missing: list[str] = []
         self.foreign: list[str] = []
         if model_only:
-            self.missing, self.foreign = _check_model(self._own, shapes, exempt)
+            self.missing, self.foreign = _check_model(_everyones(engine, _shapes(self._own)), shapes, exempt)
         else:
             _check_names(engine, self._own, shapes, values)
         self._plan(shapes)
@@ -312,7 +357,8 @@ class Restoration:
                 continue
             elif kind == "average":
                 tensors = self._engine.average.tensors if self._engine.average is not None else {}
-                self._into(full_name, tensors[name], self._engine.weights.interval_of(name))
+                if name in tensors:
+                    self._into(full_name, tensors[name], self._engine.weights.interval_of(name))
             elif kind == "optimizer":
                 self._plan_state(full_name, name, shape, dtype)
             elif full_name.startswith(f"rng.{self._engine.rank}.") and self._same_world:
@@ -385,7 +431,20 @@ def overlaps(entry: TensorEntry, piece: Piece, interval: Interval) -> bool:
     return max(interval[0], piece.start) < min(interval[1], piece.stop)
 
 
-def _check_model(own: Mapping[str, Tensor], shapes: Shapes, exempt: Sequence[str]) -> tuple[list[str], list[str]]:
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _everyones(engine: Engine, own: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Of all parts of the model."""
+    if engine.pipeline is None:
+        return own
+    return {name: shape for found in engine.comm.all_gather_object(own) for name, shape in found.items()}
+
+
+def _check_model(
+    own: Mapping[str, tuple[int, ...]], shapes: Shapes, exempt: Sequence[str]
+) -> tuple[list[str], list[str]]:
     """Returns what of the model the checkpoint lacks, and what it has besides, as far as that may be."""
 
     def may_differ(name: str) -> bool:
@@ -402,10 +461,10 @@ def _check_model(own: Mapping[str, Tensor], shapes: Shapes, exempt: Sequence[str
             f"checkpoint: expected the tensors of this model, found {_some('none of', refused)}"
             f"{' and ' if refused and foreign else ''}{_some('besides', foreign)}; {fix}"
         )
-    for name, tensor in own.items():
-        if name in there and there[name] != tuple(tensor.shape):
+    for name, shape in own.items():
+        if name in there and there[name] != shape:
             if not may_differ(name):
-                found = f"expected {name} of shape {tuple(tensor.shape)}, found {there[name]}"
+                found = f"expected {name} of shape {shape}, found {there[name]}"
                 raise CheckpointError(f"checkpoint: {found}; another model? {fix}")
             missing.append(name)
     return missing, besides
@@ -415,12 +474,13 @@ def _check_names(engine: Engine, own: Mapping[str, Tensor], shapes: Shapes, valu
     if "engine" not in values:
         fix = "load the model alone: checkpoint.init_from"
         raise CheckpointError(f"checkpoint: expected one of a training, found one of a model alone; {fix}")
-    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    wanted = _shapes(own)
     trained = {name: _whole_shape(engine, name) for name, _ in engine.trained}
     if engine.weights.exist:
         wanted |= {f"master.{name}": shape for name, shape in trained.items()}
     if engine.average is not None:
         wanted |= {f"average.{name}": shape for name, shape in trained.items()}
+    wanted = _everyones(engine, wanted)
     kinds = ("model.", "master.", "average.")
     missing = [name for name in wanted if name not in shapes]
     foreign = [name for name in shapes if name.startswith(kinds) and name not in wanted]

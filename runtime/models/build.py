@@ -25,8 +25,11 @@ def build_model(config: ModelConfig, refill_by: RefillBy | None = None, *, param
         return hf.build(config.hf, refill_by, parameters=parameters)
     assert config.factory is not None, "the loader has seen to it: one of gpt, hf, factory"
     model = call_object(config.factory, config.args, "model.factory")
+    if isinstance(model, list | tuple) and model and all(isinstance(layer, nn.Module) for layer in model):
+        model = nn.Sequential(*model)
     if not isinstance(model, nn.Module):
-        raise UsageError.mismatch("model.factory", "a function that returns an nn.Module", type(model).__name__)
+        expected = "a function that returns an nn.Module, or a list of layers"
+        raise UsageError.mismatch("model.factory", expected, type(model).__name__)
     return model
 
 

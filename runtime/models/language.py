@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def logits_of(output: Any) -> Tensor:
@@ -16,7 +17,7 @@ def logits_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Callable[[Tensor], Any],
     prompt: Tensor,
     tokens: int,
     *,

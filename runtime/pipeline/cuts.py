@@ -53,7 +53,9 @@ class _Decoder:
 _DECODERS = (
     _Decoder("token", "blocks", ("norm", "head")),
     _Decoder("model.embed_tokens", "model.layers", ("model.norm", "lm_head")),
-    _Decoder("transformer.wte", "transformer.h", ("transformer.ln_f", "lm_head"), ("transformer.wpe",), ("transformer.drop",)),
+    _Decoder(
+        "transformer.wte", "transformer.h", ("transformer.ln_f", "lm_head"), ("transformer.wpe",), ("transformer.drop",)
+    ),
 )
 """Our GPT; Llama, Qwen2 and others of transformers; GPT-2."""
 

@@ -61,7 +61,7 @@ class Lookout:
     """Watches this rank's waits, in a thread. [Note: divergence]"""
 
     def __init__(self, comm: Communicator, ranks: Sequence[int]) -> None:
-        """ranks: of the shard group."""
+        """comm: the whole job's. ranks: of the shard group."""
         self._comm, self._ranks = comm, list(ranks)
         self._names: deque[str] = deque(maxlen=KEPT)
         self._count = self._checksum = 0
@@ -87,10 +87,10 @@ class Lookout:
         """Of all gathers so far, below `CHECKSUMS`."""
         return self._checksum % CHECKSUMS
 
-    def compare(self) -> None:
-        """Raise UsageError: a checksum of the step has shown that ranks of the job differ, and all compare names."""
-        trails = dict(enumerate(self._comm.all_gather_object(self._trail())))
-        raise UsageError(_in_words(difference(trails) or {}))
+    def compare(self, ranks: Sequence[int]) -> None:
+        """Raise UsageError: a checksum of the step has shown that these ranks differ, and all of the job compare."""
+        trails = self._comm.all_gather_object(self._trail())
+        raise UsageError(_in_words(difference({rank: trails[rank] for rank in ranks}) or {}))
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

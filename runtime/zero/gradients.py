@@ -75,10 +75,14 @@ class ShardedGradients(GradientReducer):
         if self._shards.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # copies to the host
 
-    def reduced(self) -> Iterator[Tensor]:
+    def reduced(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for unit in self._units:
             assert unit.grad is not None
-            yield unit.grad
+            yield unit.parameters[0], unit.grad
+
+    def changed(self, parameter: nn.Parameter) -> None:
+        """Somebody has changed `sum_of(parameter)`."""
+        self._offload(next(unit for unit in self._units if unit.parameters[0] is parameter))
 
     def scale(self, factor: float) -> None:
         for unit in self._units:
@@ -113,11 +117,10 @@ class ShardedGradients(GradientReducer):
     def _reduces_in(self, last: bool) -> bool:
         return last or self._sharded_accumulation
 
-    def _on_gradient(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
         super()._on_gradient(parameter)
-        assert isinstance(parameter, nn.Parameter)
         bucket = self._bucket_of[parameter]
-        if self._in_backward and bucket.is_complete:
+        if bucket.is_complete:
             self._done_with(self._unit_of[id(bucket)])
 
     def _open(self, bucket: GradientBucket) -> None:

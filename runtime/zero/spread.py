@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.gradients import GradientBucket, GradientReducer, OwnGradients, ReplicatedGradients, sum_dtype
+from dstrain.runtime.pipeline.gradients import StagedGradients
+from dstrain.runtime.pipeline.part import ModelPart
 from dstrain.runtime.precision import DTYPES, MasterWeights, cast_buffers, cast_parameters, parameter_dtype
 from dstrain.runtime.spec.errors import UsageError
-from dstrain.runtime.spec.training_config import ParallelConfig, PrecisionConfig, ZeroConfig
+from dstrain.runtime.spec.parallel_dims import ParallelDims
+from dstrain.runtime.spec.training_config import PrecisionConfig, ZeroConfig
 from dstrain.runtime.zero.gradients import ShardedGradients
 from dstrain.runtime.zero.grouping import by_size
 from dstrain.runtime.zero.plan import plan_unit
+from dstrain.runtime.zero.unit import ZeroUnit
 from dstrain.runtime.zero.weights import ShardedWeights
 
 Weights = MasterWeights | ShardedWeights
+Gradients = GradientReducer | StagedGradients
 
 ELEMENTWISE = ("AdamW", "Adam", "SGD", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "ASGD", "Rprop")
 """Optimizers of torch's that treat every element by itself; of all others it is taken that they look at tensors."""
@@ -32,21 +37,20 @@ COUPLED = ("Prodigy", "DAdapt")
 def spread(
     model: nn.Module,
     comm: Communicator,
+    dims: ParallelDims,
     zero: ZeroConfig,
-    parallel: ParallelConfig,
     precision: PrecisionConfig,
     whole_tensors: bool,
     fill: Callable[[Tensor], object],
     compiled: bool = False,
-) -> tuple[Weights, GradientReducer]:
+    part: ModelPart | None = None,
+) -> tuple[Weights, Gradients]:
     """Move the model to this rank's device, rank 0's parameters to all, and make what holds them and their gradients.
 
-    Parameters in fp32 become `precision`'s. whole_tensors: for an optimizer that looks at whole tensors. fill: gives a
-    parameter its numbers, on rank 0, just before they are needed. compiled: the model's forward will be. Raises
-    UsageError where ranks and groups do not fit.
+    comm: of the ranks that hold the same part of the model. Parameters in fp32 become `precision`'s. whole_tensors: for
+    an optimizer that looks at whole tensors. fill: gives a parameter its numbers, on rank 0, just before they are
+    needed. compiled: the model's forward will be. part: the model is some stages of a pipeline.
     """
-    dtype = DTYPES[precision.reduce_dtype or "fp32"]
-    shard_size = _shard_size(comm, zero, parallel)
     _refuse_complex(model, comm)
     if zero.stage < 3:
         for parameter in model.parameters():
@@ -55,25 +59,51 @@ def spread(
     else:
         cast_buffers(model, parameter_dtype(precision))
     if zero.stage == 0:
-        model.to(comm.device)
-        for parameter in model.parameters():
-            comm.broadcast(parameter.data)
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        buckets = []
-        for group in by_size(trained, zero.bucket_elements):
-            shapes = [(name, tuple(parameter.shape)) for name, parameter in group.parameters]
-            plan = plan_unit(group.name, shapes, shards=1)
-            parameters = [parameter for _, parameter in group.parameters]
-            buckets.append(GradientBucket(plan, parameters, sum_dtype(parameters[0].dtype, dtype)))
-        if comm.world_size == 1:
-            own = OwnGradients(buckets)
-            return MasterWeights(trained, own), own
+        return _replicated(model, comm, dims, zero, precision, part)
+    return _sharded(model, comm, dims, zero, precision, whole_tensors, fill, compiled, part)
+
+
+def _replicated(
+    model: nn.Module,
+    comm: Communicator,
+    dims: ParallelDims,
+    zero: ZeroConfig,
+    precision: PrecisionConfig,
+    part: ModelPart | None,
+) -> tuple[Weights, Gradients]:
+    dtype = DTYPES[precision.reduce_dtype or "fp32"]
+    model.to(comm.device)
+    for parameter in model.parameters():
+        comm.broadcast(parameter.data)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    buckets = []
+    for group in by_size(trained, zero.bucket_elements, _sections(part)):
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in group.parameters]
+        plan = plan_unit(group.name, shapes, shards=1)
+        parameters = [parameter for _, parameter in group.parameters]
+        buckets.append(GradientBucket(plan, parameters, sum_dtype(parameters[0].dtype, dtype)))
+    if comm.world_size == 1:
+        gradients = _staged(buckets, OwnGradients, comm, dims, part)
+    else:
         ranks = comm.everyone()
         ranks.choose(zero.comm)
-        gradients = ReplicatedGradients(buckets, ranks)
-        return MasterWeights(trained, gradients), gradients
+        gradients = _staged(buckets, lambda some: ReplicatedGradients(some, ranks), comm, dims, part)
+    return MasterWeights(trained, gradients), gradients
+
+
+def _sharded(
+    model: nn.Module,
+    comm: Communicator,
+    dims: ParallelDims,
+    zero: ZeroConfig,
+    precision: PrecisionConfig,
+    whole_tensors: bool,
+    fill: Callable[[Tensor], object],
+    compiled: bool,
+    part: ModelPart | None,
+) -> tuple[Weights, Gradients]:
     native = zero.comm == "native" or (zero.comm == "auto" and comm.device.type == "cuda")
-    shards, replicas = comm.groups(shard_size, native)
+    shards, replicas = comm.groups(dims.data_shard, native)
     replicas.choose("native" if native else "auto")
     _move_unsharded(model, comm, stage=zero.stage)
     offload = zero.offload if comm.device.type != "cpu" else None
@@ -91,14 +121,62 @@ def spread(
         offload=offload,
         fill=fill,
         watched=not compiled,
+        sections=_sections(part),
     )
-    units = [unit for unit in reversed(weights.units) if unit.is_trained]
     accumulate = zero.accumulate or ("local" if zero.stage == 1 else "sharded")
-    sharded = accumulate == "sharded"
     offloads = offload is not None and offload.optimizer
-    return weights, ShardedGradients(
-        units, shards, replicas, dtype, sharded, weights.done_with, offloads, weights.lookout
-    )
+    dtype = DTYPES[precision.reduce_dtype or "fp32"]
+
+    def make(units: Sequence[ZeroUnit]) -> GradientReducer:
+        sharded = accumulate == "sharded"
+        return ShardedGradients(units, shards, replicas, dtype, sharded, weights.done_with, offloads, weights.lookout)
+
+    units = [unit for unit in reversed(weights.units) if unit.is_trained]
+    return weights, _staged(units, make, comm, dims, part)
+
+
+HasParameters = TypeVar("HasParameters", GradientBucket, ZeroUnit)
+
+
+def _staged(
+    buckets: Sequence[HasParameters],
+    make: Callable[[Sequence[HasParameters]], GradientReducer],
+    comm: Communicator,
+    dims: ParallelDims,
+    part: ModelPart | None,
+) -> Gradients:
+    """One reducer, or one for each stage of this rank."""
+    if part is None:
+        return make(buckets)
+    names = {parameter: name for name, parameter in part.model.named_parameters()}
+    of_stage = {
+        stage: make([one for one in buckets if part.stage_of(names[one.parameters[0]]) == stage]) for stage in part.own
+    }
+    tied = []
+    for name, ranks in part.tied_ranks.items():
+        columns = [dims.pipeline_ranks(place) for place in range(dims.data)]
+        group = comm.whole.some([[column[rank] for rank in ranks] for column in columns])
+        parameter = next((p for p, known in names.items() if known == name), None)
+        if group is not None and parameter is not None and parameter.requires_grad:
+            reducer = of_stage[part.stage_of(name)]
+            tied.append((parameter, reducer, group))
+            if not part.is_counted(name):
+                reducer.uncounted.add(parameter)
+    return StagedGradients(of_stage, tied)
+
+
+def _sections(part: ModelPart | None) -> list[frozenset[str]]:
+    """Names of parameters that share no bucket with others: those of each stage, and each that is tied."""
+    if part is None:
+        return []
+    names = [name for name, _ in part.model.named_parameters()]
+    stages = [
+        frozenset(name for name in names if name not in part.tied_ranks and part.stage_of(name) == stage)
+        for stage in part.own
+    ]
+    return [
+        section for section in [*stages, *(frozenset([name]) for name in names if name in part.tied_ranks)] if section
+    ]
 
 
 def needs_whole_tensors(
@@ -138,23 +216,6 @@ def _single(parameter: nn.Parameter) -> nn.Parameter:
     single = nn.Parameter(torch.zeros([1] * parameter.dim(), dtype=parameter.dtype))
     single.whole_shape = parameter.shape  # type: ignore[attr-defined] # rules of groups look at it
     return single
-
-
-def _shard_size(comm: Communicator, zero: ZeroConfig, parallel: ParallelConfig) -> int:
-    ranks = comm.world_size
-    replicate = parallel.data_replicate
-    shard = parallel.data_shard
-    if zero.stage == 0:
-        if replicate not in (None, ranks):
-            raise UsageError.mismatch("parallel.data_replicate", f"{ranks}, the ranks, at stage 0", str(replicate))
-        return 1
-    if shard is None:
-        shard = ranks // (replicate or 1)
-    if shard * (replicate or ranks // shard) != ranks or ranks % shard:
-        found = f"{shard} × {replicate}" if replicate else str(shard)
-        expected = f"data_shard × data_replicate = {ranks} ranks"
-        raise UsageError.mismatch("parallel.data_shard", expected, found)
-    return shard
 
 
 def _move_unsharded(model: nn.Module, comm: Communicator, stage: int) -> None:

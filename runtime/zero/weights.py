@@ -62,14 +62,16 @@ class ShardedWeights:
         offload: OffloadConfig | None = None,
         fill: Callable[[Tensor], object] = lambda parameter: None,
         watched: bool = True,
+        sections: Sequence[frozenset[str]] = (),
     ) -> None:
         """resident_elements: units of fewer stay whole at stage 3; keep_whole: all of them, from step to step.
         whole_tensors: cut only between parameters. dtype: of parameters that are fp32 now. comm_wish: zero.comm. fill:
         gives a parameter its numbers, on rank 0, just before they are needed. watched: modules have hooks; without,
-        which a compiler needs and stage 3 cannot, everyone waits behind each step."""
+        which a compiler needs and stage 3 cannot, everyone waits behind each step. sections: names of parameters that
+        share no unit with others; without any, all may."""
         self.stage, self.shards = stage, shards
         self._offload = offload or OffloadConfig()
-        groups = _groups(model, stage, bucket_elements, resident_elements)
+        groups = _groups(model, stage, bucket_elements, resident_elements, sections)
         self.units: list[ZeroUnit] = []
         for number, group in enumerate(groups):
             shapes = [(name, tuple(parameter.shape)) for name, parameter in group.parameters]
@@ -81,7 +83,7 @@ class ShardedWeights:
             _take(unit, comm, fill)
             self.units.append(unit)
         shards.choose(comm_wish, 0 if whole_tensors else max((unit.plan.size for unit in self.units), default=0))
-        self.lookout = Lookout(comm, shards.ranks) if stage == 3 and shards.size > 1 else None
+        self.lookout = Lookout(comm.whole, shards.ranks) if stage == 3 and shards.size > 1 else None
         shards.share([unit.shard for unit in self.units])
         self.gatherer = Gatherer(self.units, self.lookout)
         of_module: dict[str, list[ZeroUnit]] = {}
@@ -163,10 +165,11 @@ class ShardedWeights:
         """A small number for the order in which this rank has used its units; 0 where it does not matter."""
         return 0 if self.lookout is None else self.lookout.checksum
 
-    def check_order(self, total: float, squares: float, ranks: int) -> None:
-        """Raise UsageError, on all ranks, where `order`, summed over them, and its squares show that it differs."""
-        if self.lookout is not None and ranks * squares != total * total:
-            self.lookout.compare()
+    def check_order(self, total: float, squares: float, ranks: Sequence[int]) -> None:
+        """Raise UsageError, on all ranks of the job, where `order`, summed over some, and its squares show that it
+        differs between those."""
+        if self.lookout is not None and len(ranks) * squares != total * total:
+            self.lookout.compare(ranks)
 
     def _note(self, place: str) -> None:
         if self.lookout is not None:
@@ -314,11 +317,13 @@ def _as_piece(part: Tensor, shape: tuple[int, ...]) -> Tensor:
     return part.view(*[1] * (len(shape) - 1), -1) if part.numel() else part.view(0, *shape[1:])
 
 
-def _groups(model: nn.Module, stage: int, bucket_elements: int, small: int) -> list[Group]:
+def _groups(
+    model: nn.Module, stage: int, bucket_elements: int, small: int, sections: Sequence[frozenset[str]]
+) -> list[Group]:
     if stage == 3:
-        return by_module(model, small)
+        return by_module(model, small, sections)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return list(reversed(by_size(trained, bucket_elements)))
+    return list(reversed(by_size(trained, bucket_elements, sections)))
 
 
 def _take(unit: ZeroUnit, comm: Communicator, fill: Callable[[Tensor], object]) -> None:

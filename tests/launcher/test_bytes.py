@@ -213,6 +213,7 @@ def _holds(path: Path, secrets: list[bytes]) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ssh"), [("preloaded", "paramiko"), ("program", "openssh")])
 def test_secret_stays_in_the_job(light, start, script, tmp_path, kind, ssh):
     folder = tmp_path / "work"

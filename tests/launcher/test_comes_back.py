@@ -85,6 +85,7 @@ def test_a_spare_takes_the_place_of_a_host_whose_agent_is_killed(light, start, s
     assert not (run.directory / "logs" / "attempt-0" / "h3").exists()
 
 
+@pytest.mark.slow
 def test_without_a_spare_the_lost_host_is_the_end(light, start, script, tmp_path):
     file = hostfile(tmp_path, "h1 slots=1", "h2 slots=1")
     run = start("-H", file, "--max-restarts", "3", script(WAIT_AND_SAY), env=light.env)
@@ -117,6 +118,7 @@ def test_on_fewer_hosts_the_job_keeps_its_global_batch(light, start, script, tmp
     assert len(changes) == 2
 
 
+@pytest.mark.slow
 def test_a_host_that_fails_twice_in_a_row_gives_its_place_to_a_spare(light, start, script, tmp_path):
     text = "import os\nif os.environ['DSTRAIN_HOST'] == 'h2':\n    raise OSError('this disk is broken')\nprint('well')"
     file = hostfile(tmp_path, "h1 slots=1", "h2 slots=1", "h3 slots=1 spare")
@@ -133,6 +135,7 @@ def test_a_host_that_fails_twice_in_a_row_gives_its_place_to_a_spare(light, star
 WAIT_FOR_GO = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.05)\n"
 
 
+@pytest.mark.slow
 def test_a_spare_that_is_down_does_not_stop_the_start(light, start, script, tmp_path):
     file = hostfile(tmp_path, "h1 slots=1", "down spare addr=127.0.0.1 port=1", "h2 slots=1 spare")
     run = start("-H", file, "--max-restarts", "1", script(WAIT_FOR_GO), env=light.env)
@@ -260,6 +263,7 @@ def test_a_cut_link_costs_a_host_not_the_job(cluster, start, script, tmp_path, m
     assert run.report["hosts"] == hosts
 
 
+@pytest.mark.slow
 def test_a_host_that_cannot_reach_the_store_any_more_is_set_aside(cluster, start, script, tmp_path):
     file = hostfile(tmp_path, "na slots=1", "nb slots=1", "nc slots=1", "nd slots=1 spare")
     run = start("-H", file, "--max-restarts", "1", script(WAIT_AND_SAY), env=cluster.env)

@@ -147,6 +147,7 @@ def test_stopped_agent_does_not_keep_its_ranks(running):
     running.wait_gone(20, at)
 
 
+@pytest.mark.slow
 def test_another_job_of_the_same_user_is_untouched(light, start, script, tmp_path):
     text = TREE.replace("signal.pause()", "import time\nwhile not os.path.exists('end'): time.sleep(0.05)")
     hostfile = light.hostfile(names=["h1", "h2"])
@@ -187,6 +188,7 @@ dist.init_process_group("gloo")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [LEAVES_EARLY, NEVER_JOINS])
 def test_rank_that_leaves_early_is_named(light, start, script, text):
     run = start("-H", light.hostfile(names=["h1", "h2"]), script(text), env=light.env)
@@ -195,6 +197,7 @@ def test_rank_that_leaves_early_is_named(light, start, script, text):
     run.wait_gone(10)
 
 
+@pytest.mark.slow
 def test_rank_that_ends_later_is_no_error(start, script):
     text = "import os, time\nif os.environ['RANK'] == '0': time.sleep(9)\nprint('saved')\n"
     run = start(script(text))
@@ -219,6 +222,7 @@ dist.all_reduce(torch.ones(1))
     assert "closed by peer" not in run.err.partition("rank 2 on h2 failed")[2]
 
 
+@pytest.mark.slow
 def test_store_outlives_the_host_that_holds_it(light, start, script):
     """Rank 0's host is done; the ranks of the other still meet in the store."""
     text = """
@@ -241,6 +245,7 @@ os._exit(0)
     assert run.wait(30) == 0, run.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_its_grace_when_the_console_dies_of_it(start, script):
     """`dstrain run … | tee log`: Ctrl-C ends tee too, and the console then writes into nothing."""
     text = """
@@ -277,6 +282,7 @@ def test_ctrl_c_at_any_time_ends_cleanly(light, start, script, after_s):
 # --- links, in namespaces ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["down", "blackhole"])
 def test_cut_off_host_is_noticed_and_ends_its_own_ranks(net, start, script, fault):
     run = start("-H", net.hostfile(), script(TREE), env=net.env)

@@ -63,6 +63,7 @@ def stacks_of(run: Any, attempt: int = 0) -> dict[int, str]:
     return {int(path.stem.removeprefix("rank-")): path.read_text() for path in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -104,6 +105,7 @@ def test_a_restart_goes_on_and_the_ledger_says_what_it_cost(light, start, script
     assert re.search(r"dstrain: goodput [\d.]+ %: .* lost by 1 restart \(9 steps again\)", run.err)
 
 
+@pytest.mark.slow
 def test_a_slow_step_is_spoken_of_and_left_alone(start, script):
     run = start("--hang-timeout", 8, script(steps("time.sleep(5.5)").replace("10_000", "30")))
     assert run.wait(60) == 0, run.err
@@ -112,6 +114,7 @@ def test_a_slow_step_is_spoken_of_and_left_alone(start, script):
     assert "lost" not in run.err
 
 
+@pytest.mark.slow
 def test_a_script_that_reports_no_steps_is_not_watched(start, script):
     text = "import os, time, torch.distributed as d\nd.init_process_group('gloo')\n"
     text += "if os.environ['RANK'] == '1': time.sleep(6)\nd.barrier()\nd.destroy_process_group()\n"
@@ -120,6 +123,7 @@ def test_a_script_that_reports_no_steps_is_not_watched(start, script):
     assert "no step" not in run.err
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_off(start, script):
     run = start("--hang-timeout", 0, script(steps("time.sleep(600)")))
     lab.wait_for(lambda: len(events(run, "step")) >= 18, "the steps before the fault", 40)
@@ -177,6 +181,7 @@ train: {steps: 1000, loss: "torch.nn.functional:cross_entropy"}
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_data_set_that_blocks_is_named_also_in_its_thread(start, tmp_path: Path, prefetch):
     """The rank's main thread only waits for its loader; the line that is to blame is on another."""
@@ -191,6 +196,7 @@ def test_a_data_set_that_blocks_is_named_also_in_its_thread(start, tmp_path: Pat
     assert f'digits.py", line {line} in __getitem__' in cause["detail"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_answer_is_named_by_its_state(light, start, script):
     """Who waits for a child of vfork(2) sleeps uninterruptibly, as on a network disk that is gone."""
     fault = "os.mkfifo('pipe'); actions = [(os.POSIX_SPAWN_OPEN, 0, 'pipe', os.O_RDONLY, 0)]; "

@@ -21,6 +21,7 @@ def lines(run):
     return sorted(run.out.splitlines())
 
 
+@pytest.mark.slow
 def test_include_and_exclude(light, start, script, tmp_path):
     path, hostfile = script(SHOW), light.hostfile(slots=2, names=["h1", "h2", "h3"])
     run = start("-H", hostfile, "--include", "h1:1@h3", path, env=light.env)
@@ -29,6 +30,7 @@ def test_include_and_exclude(light, start, script, tmp_path):
     assert lines(run) == ["[h3:0] 0 1"]
 
 
+@pytest.mark.slow
 def test_one_rank_per_gpu_where_nobody_says_how_many(light, start, script, tmp_path):
     """GPUs are what CUDA_VISIBLE_DEVICES shows; here, and on hosts without slots=."""
     path, three = script(SHOW), "CUDA_VISIBLE_DEVICES=0,1,2"
@@ -68,6 +70,7 @@ def test_user_port_key_python_and_address_of_the_hostfile(light, start, script, 
     assert lines(run) == [f"[box:0] {python} ['127.0.0.3', '{port}']"]
 
 
+@pytest.mark.slow
 def test_one_connection_per_host(light, start, script):
     def logins() -> int:
         return (light.folder / "sshd.log").read_text(errors="replace").count("Accepted publickey")
@@ -85,6 +88,7 @@ def test_local_and_ssh_hosts_in_one_file(light, start, script, tmp_path):
     assert lines(run) == ["[h1:1] 1", "[localhost:0] 0"]
 
 
+@pytest.mark.slow
 def test_stopped_program_of_any_kind_is_named(start):
     run = start("--no-python", "sh", "-c", "touch $RANK.ready; while :; do sleep 0.1; done")
     run.wait_ready(2)
@@ -94,6 +98,7 @@ def test_stopped_program_of_any_kind_is_named(start):
     assert "rank 1 on localhost" in run.report["cause"]["headline"]
 
 
+@pytest.mark.slow
 def test_a_program_gets_a_store_when_it_asks_for_one(light, start, script):
     """--no-python imports no torch of ours, but a torch script behind a shell finds its rendezvous."""
     path = script("import torch.distributed as d; d.init_process_group('gloo'); d.barrier(); print(d.get_world_size())")

@@ -59,6 +59,7 @@ def test_ctrl_c_saves_and_resume_goes_on(start, job):
 def test_another_attempt_goes_on_from_the_newest_checkpoint(start, job):
     run = start("--max-restarts", "1", job)
     wait_for_step(run, 21)
+    lab.wait_for(lambda: events(run, "checkpoint"), "the first checkpoint to stand", 60)  # some steps later
     os.kill(run.rank_pid(1), signal.SIGKILL)
     lab.wait_for(lambda: events(run, "resume"), "the second attempt", 60)
     os.kill(run.process.pid, signal.SIGINT)

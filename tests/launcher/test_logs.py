@@ -107,6 +107,7 @@ def peak_bytes(pid: int) -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [200_000, pytest.param(1_000_000, marks=[pytest.mark.slow, pytest.mark.alone])])
 def test_a_flood_of_lines_arrives_in_full_and_takes_no_memory(light, start, script, tmp_path, count):
     run = start("-H", light.hostfile(1, ["h1", "h2"]), script(FLOOD), count, env=light.env)
@@ -439,6 +440,7 @@ def seconds_of(folder: Path) -> float:
     return max(float(path.read_text()) for path in paths)
 
 
+@pytest.mark.slow
 def test_a_held_up_terminal_does_not_slow_a_rank(light, terminal, script, tmp_path):
     """5.7 MB of output: ranks finish while the terminal is held up, about as fast as when it is not."""
     path, hosts = script(TIMED), light.hostfile(1, ["h1", "h2"])

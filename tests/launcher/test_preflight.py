@@ -76,6 +76,7 @@ def test_code_says_what_kind_it_was(light, start, script, tmp_path, host, change
     refused(run, code)
 
 
+@pytest.mark.slow
 def test_directory_script_and_python(net, start, tmp_path):
     """Hosts that have other files: no directory, another script, no interpreter."""
     folder = Path("/root/job")  # a home is a host's own in the lab
@@ -100,6 +101,7 @@ def test_directory_script_and_python(net, start, tmp_path):
     assert refused(run, 202).count("no such interpreter") == 2
 
 
+@pytest.mark.slow
 def test_torch_missing_or_of_another_version(light, start, script, tmp_path):
     """h2's interpreter has an older torch, h3's has none."""
     old, bare = tmp_path / "old", tmp_path / "bare"
@@ -121,6 +123,7 @@ def test_torch_missing_or_of_another_version(light, start, script, tmp_path):
     assert "dstrain: h1" not in err
 
 
+@pytest.mark.slow
 def test_prologue_that_fails_and_one_that_works(light, start, script, tmp_path):
     run = start("--hosts", "h1:1,h2:1", "--prologue", "echo no such module >&2; false", script(JOB), env=light.env)
     assert refused(run, 202).count("exit 1: no such module") == 2
@@ -153,6 +156,7 @@ def test_fixed_port_that_is_taken(light, start, script):
     assert "in use" in err
 
 
+@pytest.mark.slow
 def test_rank_0_address_that_others_cannot_dial(net, start, tmp_path):
     """na has one address that nb can reach and one that it cannot: the reachable one is found; a bad one refused."""
     net.hosts["na"].run("ip", "addr", "add", "10.254.1.1/32", "dev", "lo")
@@ -169,6 +173,7 @@ def test_rank_0_address_that_others_cannot_dial(net, start, tmp_path):
     assert "cannot dial rank 0's host" in refused(run, 202)
 
 
+@pytest.mark.slow
 def test_trust_pins_on_purpose(light, start, script, tmp_path):
     known = tmp_path / "known"
     env = {**os.environ, **other_config(light, tmp_path, "*", UserKnownHostsFile=known)}
@@ -218,6 +223,7 @@ def test_bastion_is_one_shared_connection(net, start, script, tmp_path):
     assert log.count("Accepted publickey") == 1
 
 
+@pytest.mark.slow
 def test_a_proxy_command_is_the_way(net, start, script, tmp_path):
     """nb through `ssh -W` on na; the program that is the way ends with the run."""
     config, address = tmp_path / "config", net.hosts["nb"].address
@@ -245,6 +251,7 @@ def test_package_is_sent_once_and_verified(net, start, script):
     assert "broken" not in net.hosts["na"].run("cat", str(where))
 
 
+@pytest.mark.slow
 def test_a_host_needs_no_dstrain_and_an_older_one_never_wins(net, start, script, tmp_path):
     """An old copy of the package on the host's path is not the one that ranks import."""
     old = "/root/old/dstrain/runtime"

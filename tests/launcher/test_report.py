@@ -295,6 +295,7 @@ class Browser:
         return int(said)
 
 
+@pytest.mark.slow
 def test_a_browser_draws_one_run_without_a_complaint(folder: Path) -> None:
     run = Recorder("20261121-043000-a1b2c3-gpt", JOB)
     run.train(2, range(1, 400))
@@ -309,6 +310,7 @@ def test_a_browser_draws_one_run_without_a_complaint(folder: Path) -> None:
     assert "rank 1" in browser.document
 
 
+@pytest.mark.slow
 def test_a_browser_draws_several_runs_and_runs_nothing_of_their_text(folder: Path) -> None:
     hostile = Recorder(HOSTILE.replace("/", "\\"), JOB | {"name": HOSTILE})
     hostile.train(9, range(1, 30))
@@ -369,6 +371,7 @@ def test_runs_that_are_none(folder: Path) -> None:
         report(str(run.path), "-o", ".")
 
 
+@pytest.mark.slow
 @pytest.mark.lab
 def test_a_real_run(start: Callable[..., Any], folder: Path) -> None:
     (folder / "text").write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 100)

@@ -101,6 +101,7 @@ def lines_of(run, count=RANKS):
     return [run.log(f"h{rank // 2 + 1}", rank).decode().splitlines() for rank in range(count)]
 
 
+@pytest.mark.slow
 @PRELOADED_OR_NOT
 def test_ddp_as_in_torchs_tutorial(light, start, script, mode):
     run = start(*two_hosts(light), *mode, script(DDP), env=light.env)
@@ -119,6 +120,7 @@ def test_nothing_is_imported_early_but_torch(start, script):
     assert run.out == "[localhost:0] False\n"
 
 
+@pytest.mark.slow
 def test_fsdp2_shards_over_both_hosts(light, start, script):
     run = start(*two_hosts(light), script(FSDP2), env=light.env)
     assert run.wait() == 0, run.err
@@ -278,6 +280,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_children_by_fork_and_spawn(start, script):
     run = start("-n", "2", script(CHILDREN))
     assert run.wait(120) == 0, run.err
@@ -392,6 +395,7 @@ print(json.dumps({
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [("relative", []), ("link", []), ("module", []), ("zip", []), ("relative", ["--no-preload"])],
@@ -437,6 +441,7 @@ print(json.dumps([before, after_numpy, torch.get_num_threads(), os.environ["OMP_
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: every count is 1")
 def test_numbers_of_threads_are_the_environments(start, script):
     path = script(THREADS)

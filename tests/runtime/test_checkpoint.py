@@ -484,6 +484,7 @@ def test_resuming_from_a_damaged_one_says_so_and_replaces_it(
 PROGRAM = "import sys; from dstrain.runtime import trainer; sys.exit(trainer.main(sys.argv[1:]))"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
 def test_signals_save(job: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """SIGTERM saves and ends, SIGUSR1 saves and goes on."""

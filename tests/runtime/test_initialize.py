@@ -197,6 +197,7 @@ def test_mistakes(arguments: dict[str, Any], kind: type[Exception], message: str
         initialize(model_of(), **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["python"], ["torchrun", "--standalone", "--nproc-per-node=2"]])
 def test_the_example_script(command: list[str], tmp_path: Path) -> None:
     words = [str(Path(sys.executable).with_name(command[0])), *command[1:], str(SCRIPT)]

@@ -116,6 +116,7 @@ def wandb_records(folder: Path) -> list[Any]:
     return [wandb_internal_pb2.Record.FromString(record) for record in records(path)]
 
 
+@pytest.mark.slow
 def test_wandb_keeps_every_step_offline(tmp_path: Path) -> None:
     said = run("wandb", tmp_path)
     assert "wandb sync" in said
@@ -142,6 +143,7 @@ def test_wandb_without_a_key_is_one_clear_line(tmp_path: Path) -> None:
 # --- what is missing or fails --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_missing_package_is_one_line_with_its_remedy(tmp_path: Path, tracker: str) -> None:
     (line,) = run(tracker, tmp_path, tracker).splitlines()

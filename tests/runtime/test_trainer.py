@@ -123,6 +123,7 @@ def test_compiled_and_recomputed_it_trains_alike(job: Path, tmp_path: Path, monk
         assert losses(compiled, kind, field) == pytest.approx(losses(plain, kind, field), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_under_torchrun(job: Path, tmp_path: Path) -> None:
     """Two ranks by torchrun; each opens its event descriptor itself, which torchrun would close."""
     events = tmp_path / "events"

@@ -23,6 +23,7 @@ print("torch._dynamo" in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor", "muon"])
 def test_training_does_not_import_dynamo(name):
     done = subprocess.run(

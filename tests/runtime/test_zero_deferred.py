@@ -142,6 +142,7 @@ log: {{every: 1}}
 GPT_MODEL = "{gpt: {vocabulary: 256, context: 32, width: 64, layers: 2, heads: 2}}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["gpt", "hf"])
 def test_a_job_at_stage_3_is_that_of_stage_0(

@@ -1,0 +1,207 @@
+"""Runs a schedule: each rank goes through its row of actions, and waits only for what an action needs.
+
+[Note: beside]
+Receives are posted AHEAD of the action that needs them; sends go on while the next action computes. An output that has
+been sent is not kept: the backward begins at its place in the graph (`GradientEdge`). A stage's gradients are reduced in
+its last backward, beside the other stages' actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from dstrain.runtime.gradients import GradientReducer
+from dstrain.runtime.pipeline.messages import Mailbox, Signature
+from dstrain.runtime.pipeline.part import ModelPart, endings, tensors_of
+from dstrain.runtime.pipeline.split_backward import Splitter, WeightGradients
+from dstrain.runtime.spec.schedule import Action, Kind
+
+AHEAD = 2
+"""Receives that are posted before their turn: one hides the latency, the second a late sender."""
+
+
+class Feed(Protocol):
+    """The micro-batches of a step."""
+
+    signatures: Sequence[Signature]
+
+    def arguments(self, micro: int) -> tuple[Any, dict[str, Any]]:
+        """Of the model's forward."""
+
+    def loss(self, output: Any, micro: int) -> Tensor:
+        """What is differentiated, of the last stage's output."""
+
+    def counts(self, micro: int) -> bool:
+        """Whether the gradients of a micro-batch count."""
+
+
+class _Held(NamedTuple):
+    """Between a stage's forward and its backward. ends: where the backward begins; None: it needs no gradient. seed: the
+    gradient of the loss, in the last stage."""
+
+    inputs: tuple[Tensor, ...]
+    ends: tuple[GradientEdge | None, ...]
+    seed: Tensor | None = None
+
+
+class Boundary(NamedTuple):
+    """Between a stage and the next."""
+
+    activations: Mailbox
+    gradients: Mailbox
+
+
+class Executor:
+    """One rank's part in a schedule."""
+
+    def __init__(
+        self,
+        part: ModelPart,
+        boundaries: Sequence[Boundary | None],
+        forward: Callable[..., Any],
+        in_backward: Callable[[], AbstractContextManager[None]],
+        reducers: dict[int, GradientReducer],
+    ) -> None:
+        """boundaries: behind each stage but the last; None where neither side is this rank's. forward: the model's.
+        in_backward: around each backward."""
+        self._part, self._boundaries, self._forward = part, list(boundaries), forward
+        self._in_backward, self._reducers = in_backward, reducers
+        self._last = len(part.layers) - 1
+        self._parameters = {stage: part.parameters_of(stage) for stage in part.own}
+        self._owner = {parameter: part.stage_of(name) for name, parameter in part.model.named_parameters()}
+        self._foreign = {stage: [p for p in self._parameters[stage] if self._owner[p] != stage] for stage in part.own}
+        self._splitter: Splitter | None = None
+        self._held: dict[tuple[int, int], _Held] = {}
+        self._left: dict[tuple[int, int], WeightGradients] = {}
+        self._do: dict[Kind, Callable[[Action], None]] = {
+            Kind.FORWARD: self._run_forward,
+            Kind.BACKWARD: self._run_backward,
+            Kind.INPUT_GRADIENT: self._run_input_gradient,
+            Kind.WEIGHT_GRADIENT: self._run_weight_gradient,
+        }
+        self._feed: Feed
+        self._splits = False
+        self._endings: set[Action] = set()  # a stage's last action of gradients, which ends its sums
+
+    def run(self, row: Sequence[Action], feed: Feed) -> None:
+        """All actions of a step, or the forwards of a validation; returns when all that was sent has gone."""
+        self._feed = feed
+        splits = any(action.kind is Kind.INPUT_GRADIENT for action in row)
+        if splits and self._splitter is None:
+            self._splitter = Splitter(self._part.model)
+        self._splits = splits
+        self._endings = set(endings(row).values())
+        receiving = [action for action in row if self._source(action) is not None]
+        done = 0
+        for action in row:
+            for later in receiving[done : done + 1 + AHEAD]:
+                self._post(later)
+            if done < len(receiving) and receiving[done] is action:
+                done += 1
+            self._do[action.kind](action)
+        assert not self._held and not self._left, "the schedule has been checked"
+        for boundary in self._boundaries:
+            if boundary is not None:
+                boundary.activations.finish()
+                boundary.gradients.finish()
+
+    def forget(self) -> None:
+        """Behind an error: nothing of the step is left."""
+        self._held.clear()
+        self._left.clear()
+
+    # --- actions -----------------------------------------------------------------------------------------------
+
+    def _run_forward(self, action: Action) -> None:
+        stage, micro = action.stage, action.micro_batch
+        mailbox, training = self._source(action), torch.is_grad_enabled()
+        received = [] if mailbox is None else mailbox.take(micro, self._feed.signatures[micro])
+        inputs = tuple(tensor for tensor in received if tensor is not None)
+        with self._splitter.forward() if self._splitter and self._splits else nullcontext():
+            output = self._part.run(self._forward, stage, inputs, self._feed.arguments(micro))
+        if stage == self._last:
+            outputs: tuple[Tensor, ...] = (self._feed.loss(output, micro),)
+        else:
+            outputs = tensors_of(output, f"stage {stage}")
+            self._boundary(stage).activations.send(micro, self._feed.signatures[micro], outputs)
+        if training:
+            ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs)
+            seed = torch.ones_like(outputs[0]) if stage == self._last else None
+            self._held[stage, micro] = _Held(inputs, ends, seed)
+
+    def _run_backward(self, action: Action) -> None:
+        reducer = self._reducers[action.stage]
+        reducer.begin_backward(action in self._endings, counts=self._feed.counts(action.micro_batch))
+        inputs = self._differentiate(action)
+        reducer.end_backward()
+        self._keep_early(action.stage)
+        self._send_back(action, inputs)
+
+    def _run_input_gradient(self, action: Action) -> None:
+        assert self._splitter is not None
+        with self._splitter.backward(self._parameters[action.stage]) as left:
+            inputs = self._differentiate(action)
+        self._left[action.stage, action.micro_batch] = left
+        self._send_back(action, inputs)
+
+    def _run_weight_gradient(self, action: Action) -> None:
+        left, reducer = self._left.pop((action.stage, action.micro_batch)), self._reducers[action.stage]
+        reducer.begin_backward(action in self._endings, counts=self._feed.counts(action.micro_batch))
+        with torch.no_grad():
+            for parameter, gradient in left.compute():
+                parameter.grad = gradient
+                if self._owner[parameter] == action.stage:
+                    reducer.take(parameter)
+        reducer.end_backward()
+        self._keep_early(action.stage)
+
+    def _differentiate(self, action: Action) -> tuple[Tensor, ...]:
+        """The backward of a stage, as far as its inputs, which it returns with their gradients."""
+        stage, micro = action.stage, action.micro_batch
+        held, mailbox = self._held.pop((stage, micro)), self._source(action)
+        grads = [held.seed] if mailbox is None else mailbox.take(micro, self._feed.signatures[micro])
+        ends = [(end, grad) for end, grad in zip(held.ends, grads, strict=True) if end is not None and grad is not None]
+        if ends:
+            with self._in_backward():
+                torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])  # type: ignore[no-untyped-call]
+        return held.inputs
+
+    def _send_back(self, action: Action, inputs: tuple[Tensor, ...]) -> None:
+        if action.stage:
+            gradients = [tensor.grad if tensor.requires_grad else None for tensor in inputs]
+            signature = self._feed.signatures[action.micro_batch]
+            self._boundary(action.stage - 1).gradients.send(action.micro_batch, signature, gradients)
+
+    # --- messages ----------------------------------------------------------------------------------------------
+
+    def _source(self, action: Action) -> Mailbox | None:
+        """Where what an action needs comes from."""
+        if action.kind is Kind.FORWARD:
+            return self._boundary(action.stage - 1).activations if action.stage else None
+        if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
+            return self._boundary(action.stage).gradients if action.stage < self._last else None
+        return None
+
+    def _post(self, action: Action) -> None:
+        mailbox = self._source(action)
+        if mailbox is not None:
+            mailbox.post(action.micro_batch, self._feed.signatures[action.micro_batch])
+
+    def _boundary(self, stage: int) -> Boundary:
+        boundary = self._boundaries[stage]
+        assert boundary is not None
+        return boundary
+
+    # --- a parameter that two stages of this rank have ---------------------------------------------------------
+
+    def _keep_early(self, stage: int) -> None:
+        """What a later stage's backward has made of an earlier one's parameter waits for that one's."""
+        for parameter in self._foreign[stage]:
+            if parameter.grad is not None:
+                self._reducers[self._owner[parameter]].come_early(parameter)

@@ -1,0 +1,52 @@
+"""What a pipeline is fed with: the micro-batches of a step or a validation, and what becomes of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dstrain.runtime.pipeline.messages import signature_of
+from dstrain.runtime.task import Arguments, Task
+
+
+class TrainingFeed:
+    """weights: what is counted in each micro-batch. scale: of what is differentiated, which is a sum. totals: of the
+    loss and of what is counted, where the last stage is; else zeros."""
+
+    def __init__(self, task: Task, batches: Sequence[Any]) -> None:
+        self._task, self._batches = task, list(batches)
+        self.weights = [task.count(batch) for batch in batches]
+        self.signatures = [signature_of(batch, training=True) for batch in batches]
+        self.scale = 1.0
+        self.totals = [0.0, 0.0]
+
+    def arguments(self, micro: int) -> Arguments:
+        """Of the model's forward."""
+        return self._task.arguments(self._batches[micro])
+
+    def loss(self, output: Any, micro: int) -> Tensor:
+        """What is differentiated, of the last stage's output."""
+        loss, weight = self._task.loss_of(output, self._batches[micro]), self.weights[micro]
+        self.totals[0] += float(loss.detach()) * weight
+        self.totals[1] += weight
+        return loss * (weight * self.scale)
+
+    def counts(self, micro: int) -> bool:
+        """Whether there is anything to count."""
+        return self.weights[micro] > 0
+
+
+class ValidationFeed(TrainingFeed):
+    """Without gradients. are_counted: the others are there for other ranks' sake."""
+
+    def __init__(self, task: Task, batches: Sequence[Any], are_counted: Sequence[bool]) -> None:
+        super().__init__(task, batches)
+        self.signatures = [signature_of(batch, training=False) for batch in batches]
+        self._are_counted = are_counted
+
+    def loss(self, output: Any, micro: int) -> Tensor:
+        if not self._are_counted[micro]:
+            return self._task.loss_of(output, self._batches[micro])
+        return super().loss(output, micro)

@@ -1,0 +1,119 @@
+"""One rank's place in a pipeline: its stages, its neighbours, and the ranks with the same stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.pipeline.cuts import chain_of
+from dstrain.runtime.pipeline.executor import Boundary, Executor, Feed
+from dstrain.runtime.pipeline.gradients import StagedGradients
+from dstrain.runtime.pipeline.messages import Mailbox, signature_of
+from dstrain.runtime.pipeline.part import ModelPart
+from dstrain.runtime.pipeline.partition import bounds
+from dstrain.runtime.spec.parallel_dims import ParallelDims
+from dstrain.runtime.spec.schedule import Action, Kind, Schedule
+
+
+class Pipeline:
+    """part: what this rank has of the model. data: the ranks that have the same. column: those that have one copy of
+    the model, part by part."""
+
+    def __init__(
+        self, model: nn.Module, comm: Communicator, dims: ParallelDims, schedule: Schedule, counts: Sequence[int]
+    ) -> None:
+        """counts: layers of each stage. Takes the model apart; all ranks call it."""
+        self.dims, self.schedule, self.counts = dims, schedule, list(counts)
+        self.place = dims.pipeline_rank(comm.rank)
+        self.part = ModelPart(model, chain_of(model), bounds(counts), schedule, self.place)
+        self.data = comm.part([dims.data_ranks(place) for place in range(dims.pipeline)])
+        columns = [dims.pipeline_ranks(place) for place in range(dims.data)]
+        self.column = comm.part(columns)
+        self.last = schedule.rank_of[-1]
+        self._comm, self._columns = comm, columns
+        self._boundaries = [self._boundary(stage) for stage in range(schedule.stages - 1)]
+        self._executor: Executor | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this rank has the last stage, and so the loss."""
+        return self.place == self.last
+
+    def attach(
+        self,
+        forward: Callable[..., Any],
+        in_backward: Callable[[], AbstractContextManager[None]],
+        gradients: StagedGradients,
+    ) -> None:
+        """What runs the model, and takes its gradients."""
+        self._executor = Executor(self.part, self._boundaries, forward, in_backward, gradients.of_stage)
+
+    def train(self, feed: Feed) -> None:
+        """Forwards and backwards of all micro-batches of a step."""
+        assert self._executor is not None
+        self._executor.run(self.schedule.ranks[self.place], feed)
+
+    @torch.no_grad()
+    def forward(self, feed: Feed) -> None:
+        """Forwards alone, of as many micro-batches as there are."""
+        assert self._executor is not None
+        self._executor.run(forwards(self.schedule, self.place, len(feed.signatures)), feed)
+
+    def everywhere(self, arguments: tuple[Any, dict[str, Any]]) -> Tensor:
+        """What the model gives, on all ranks of the column."""
+        found = _Output(arguments)
+        self.forward(found)
+        form = self.column.broadcast_object(None if found.output is None else tuple(found.output.shape), self.last)
+        output = torch.empty(form, device=self._comm.device) if found.output is None else found.output.float()
+        self.column.broadcast(output, self.last)
+        return output
+
+    def _boundary(self, stage: int) -> Boundary | None:
+        """Behind a stage; every rank makes the connections of all."""
+        before, after = self.schedule.rank_of[stage : stage + 2]
+        words = f"between stages {stage} and {stage + 1}"
+        there = back = None
+        if before != after:
+            pairs = [(column[before], column[after]) for column in self._columns]
+            there, back = self._comm.edge(pairs), self._comm.edge([(to, source) for source, to in pairs])
+        if self.place not in (before, after):
+            return None
+        device = self._comm.device
+        return Boundary(Mailbox(there, device, words), Mailbox(back, device, f"gradients {words}"))
+
+
+class _Output:
+    """Of one micro-batch, where the last stage is."""
+
+    def __init__(self, arguments: tuple[Any, dict[str, Any]]) -> None:
+        self._arguments, self.output = arguments, None
+        self.signatures = [signature_of(arguments, training=False)]
+
+    def arguments(self, _: int) -> tuple[Any, dict[str, Any]]:
+        return self._arguments
+
+    def loss(self, output: Any, _: int) -> Tensor:
+        from dstrain.runtime.models.language import logits_of
+
+        self.output = logits_of(output)
+        return self.output
+
+    def counts(self, _: int) -> bool:
+        return False
+
+
+def forwards(schedule: Schedule, rank: int, micro_batches: int) -> list[Action]:
+    """A rank's row of forwards: of as many micro-batches as there are ranks, stage by stage, and so on."""
+    own = [stage for stage, owner in enumerate(schedule.rank_of) if owner == rank]
+    ranks = max(schedule.rank_of) + 1
+    return [
+        Action(Kind.FORWARD, stage, micro)
+        for first in range(0, micro_batches, ranks)
+        for stage in own
+        for micro in range(first, min(first + ranks, micro_batches))
+    ]

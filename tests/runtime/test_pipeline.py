@@ -1,0 +1,257 @@
+"""A pipeline's training is that of one process: every schedule, every ZeRO stage, every kind of model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dstrain.runtime.activation_checkpointing import checkpoint_activations
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
+from dstrain.runtime.models.gpt import GPT
+from dstrain.runtime.models.hf import build as build_hf
+from dstrain.runtime.optimizers import make_optimizer
+from dstrain.runtime.pipeline.cuts import chain_of
+from dstrain.runtime.pipeline.making import parameters_of
+from dstrain.runtime.pipeline.partition import balanced
+from dstrain.runtime.pipeline.pipeline import Pipeline
+from dstrain.runtime.spec.model_config import GPTConfig, HFConfig
+from dstrain.runtime.spec.parallel_dims import parallel_dims
+from dstrain.runtime.spec.schedule import check, make_schedule
+from dstrain.runtime.spec.training_config import OptimizerConfig, ParallelConfig, PrecisionConfig, ZeroConfig
+from dstrain.runtime.task import LanguageTask, SampleTask, Task
+
+RunRanks = Callable[..., list[Any]]
+
+SIZES = GPTConfig(layers=6, width=20, heads=2, context=8, vocabulary=37)  # nothing divides by the ranks
+MICRO_BATCHES, ROWS, STEPS = 4, 2, 3
+ADAM = OptimizerConfig(lr=1e-3, eps=1e-6)
+
+# As in zero_oracle.py: sums in another order, divided by Adam.
+SAME_LOSS, SAME_NORM, SAME_PARAMETER = 1e-5, 1e-4, 3e-5
+
+
+def tokens(micro: int, generator: torch.Generator) -> Tensor:
+    """Other lengths are other shapes between stages; the last micro-batch is smaller."""
+    rows = ROWS - 1 if micro == MICRO_BATCHES - 1 else ROWS
+    return torch.randint(SIZES.vocabulary, (rows, SIZES.context - micro % 2 + 1), generator=generator)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, alike in a pipeline and by one process."""
+
+    model: Callable[[], nn.Module] = lambda: GPT(SIZES)
+    task: Callable[[], Task] = LanguageTask
+    batch: Callable[[int, torch.Generator], Any] = tokens
+    config: dict[str, Any] = field(default_factory=dict)
+    recompute: bool = False
+    optimizer: OptimizerConfig = ADAM
+
+    def batches(self, step: int, data_rank: int) -> list[Any]:
+        seeds = [1000 * step + 10 * micro + data_rank for micro in range(MICRO_BATCHES)]
+        return [self.batch(micro, torch.Generator().manual_seed(seed)) for micro, seed in enumerate(seeds)]
+
+    def built(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.model()
+        if self.recompute:
+            checkpoint_activations(model, "all")
+        return model
+
+
+def one_process(training: Training, data: int) -> dict[str, Any]:
+    """The same global batches, on one rank."""
+    comm = Communicator(0, 1, 0, torch.device("cpu"))
+    model = training.built()
+    config = EngineConfig(clip=0.5, accumulation=MICRO_BATCHES * data, **training.config)
+    engine = Engine(model, comm, config, lambda p: make_optimizer(p, training.optimizer), TorchSchedule(None))
+    task, results = training.task(), []
+    for step in range(STEPS):
+        for rank in range(data):
+            for batch in training.batches(step, rank):
+                loss, count = task.loss(engine, batch)
+                engine.backward(loss, count)
+                result = engine.step()
+        assert result is not None
+        results.append((result.loss, result.grad_norm))
+    return {"results": results, "model": {name: p.detach().clone() for name, p in model.named_parameters()}}
+
+
+def engine_of(
+    comm: Communicator, training: Training, schedule: str, pipeline: int, stage: int, shard: int | None, **zero: Any
+) -> Engine:
+    dims = parallel_dims(comm.world_size, stage, pipeline, data_shard=shard)
+    model = training.built()
+    plan = make_schedule(schedule, pipeline, MICRO_BATCHES)
+    check(plan)
+    pipe = Pipeline(model, comm, dims, plan, balanced(parameters_of(model, chain_of(model)), plan.stages))
+    config = EngineConfig(
+        zero=ZeroConfig(stage=stage, bucket_elements=3000, resident_elements=0 if stage == 3 else 1 << 17, **zero),
+        parallel=ParallelConfig(pipeline=pipeline, data_shard=shard),
+        clip=0.5,
+        accumulation=MICRO_BATCHES,
+        **training.config,
+    )
+    return Engine(
+        model, comm, config, lambda p: make_optimizer(p, training.optimizer), TorchSchedule(None), pipeline=pipe
+    )
+
+
+def pipelined(
+    schedule: str, pipeline: int, stage: int, training: Training | None = None, shard: int | None = None, **zero: Any
+) -> Callable[[int], Any]:
+    training = training or Training()
+
+    def work(_: int) -> Any:
+        with Communicator.connect() as comm:
+            engine = engine_of(comm, training, schedule, pipeline, stage, shard, **zero)
+            results = []
+            for step in range(STEPS):
+                result = engine.train_batch(training.task(), training.batches(step, engine.data.rank))
+                results.append((result.loss, result.grad_norm))
+            with engine.whole(engine.module.parameters()):
+                found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+            return {"results": results, "model": found}
+
+    return work
+
+
+def assert_same(ranks: list[Any], training: Training | None = None, data: int = 1, looser: float = 1.0) -> None:
+    expected = one_process(training or Training(), data)
+    seen: dict[str, Tensor] = {}
+    for found in ranks:
+        assert found["results"] == ranks[0]["results"]
+        for (loss, norm), (own_loss, own_norm) in zip(expected["results"], found["results"], strict=True):
+            assert own_loss == pytest.approx(loss, rel=SAME_LOSS * looser)
+            assert own_norm == pytest.approx(norm, rel=SAME_NORM * looser)
+        for name, tensor in found["model"].items():
+            torch.testing.assert_close(tensor, expected["model"][name], atol=SAME_PARAMETER * looser, rtol=0)
+            assert torch.equal(seen.setdefault(name, tensor), tensor), f"{name} differs between ranks"
+    assert seen.keys() == expected["model"].keys()
+
+
+SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v"]
+CORNERS = [("gpipe", 1), ("1f1b", 0), ("1f1b", 3), ("interleaved_1f1b", 2), ("zb_h1", 3), ("zb_v", 0), ("zb_v", 2)]
+
+
+@pytest.mark.parametrize(("schedule", "stage"), CORNERS)
+def test_two_stages(run_ranks: RunRanks, schedule: str, stage: int) -> None:
+    assert_same(run_ranks(2, pipelined(schedule, 2, stage)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("ranks", "pipeline"), [(2, 2), (4, 2), (4, 4)])
+def test_every_schedule_at_every_zero_stage(
+    run_ranks: RunRanks, ranks: int, pipeline: int, schedule: str, stage: int
+) -> None:
+    training = Training(model=lambda: GPT(SIZES.model_copy(update={"layers": 10})))
+    assert_same(run_ranks(ranks, pipelined(schedule, pipeline, stage, training)), training, data=ranks // pipeline)
+
+
+@pytest.mark.parametrize(("schedule", "stage"), [("1f1b", 2), ("zb_h1", 3)])
+def test_two_stages_of_two_ranks_each(run_ranks: RunRanks, schedule: str, stage: int) -> None:
+    assert_same(run_ranks(4, pipelined(schedule, 2, stage)), data=2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero"), [(2, {"accumulate": "local"}), (1, {"accumulate": "sharded"}), (3, {"reshard": "step"})]
+)
+def test_other_ways_to_add_up_and_to_gather(run_ranks: RunRanks, stage: int, zero: dict[str, Any]) -> None:
+    assert_same(run_ranks(4, pipelined("1f1b", 2, stage, **zero)), data=2)
+
+
+def test_replicas_of_sharded_stages(run_ranks: RunRanks) -> None:
+    assert_same(run_ranks(4, pipelined("1f1b", 2, 3, shard=1)), data=2)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_recomputed_activations(run_ranks: RunRanks, schedule: str) -> None:
+    training = Training(recompute=True)
+    assert_same(run_ranks(2, pipelined(schedule, 2, 3, training)), training)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lower_precision(run_ranks: RunRanks, dtype: str) -> None:
+    training = Training(config={"precision": PrecisionConfig(dtype=dtype)})
+    assert_same(run_ranks(2, pipelined("zb_h1", 2, 1, training)), training, looser=1000.0)
+
+
+# --- other models --------------------------------------------------------------------------------------------
+
+
+def hf(**values: Any) -> Callable[[], nn.Module]:
+    common = {"vocab_size": SIZES.vocabulary, "max_position_embeddings": 16}
+    return lambda: build_hf(HFConfig(config={**common, **values}))
+
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+MODELS = {
+    "llama": hf(model_type="llama", **SMALL),
+    "qwen2, tied": hf(model_type="qwen2", tie_word_embeddings=True, **SMALL),
+    "gpt2": hf(
+        model_type="gpt2",
+        n_embd=16,
+        n_layer=3,
+        n_head=2,
+        n_positions=16,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_of_transformers(run_ranks: RunRanks, kind: str) -> None:
+    training = Training(model=MODELS[kind])
+    assert_same(run_ranks(2, pipelined("zb_v", 2, 2, training)), training)
+
+
+class Fork(nn.Module):
+    """Two results; nobody uses the gradient of the second in every other micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.left(x), self.right(x), torch.arange(len(x))
+
+
+class Join(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, both: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        left, right, numbers = both
+        assert numbers.dtype is torch.int64
+        return self.out(left if len(left) % 2 else left * right.tanh())
+
+
+def sequence() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Fork(), Join(), nn.Linear(3, 3))
+
+
+def pairs(micro: int, generator: torch.Generator) -> Any:
+    rows = 3 if micro % 2 else 2
+    return torch.randn(rows, 4, generator=generator), torch.randn(rows, 3, generator=generator)
+
+
+def test_several_tensors_and_gradients_that_are_not_there(run_ranks: RunRanks) -> None:
+    training = Training(model=sequence, task=lambda: SampleTask("pipeline_lab:difference"), batch=pairs)
+    assert_same(run_ranks(2, pipelined("1f1b", 2, 1, training)), training)

@@ -1,0 +1,214 @@
+"""A job with a pipeline, from its YAML to its checkpoints, which any other layout goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dstrain.runtime import trainer
+from dstrain.runtime.checkpoint.load import load
+from dstrain.runtime.checkpoint.model_file import save_model
+from dstrain.runtime.checkpoint.save import save
+from dstrain.runtime.comm import Communicator
+from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.parallel_dims import parallel_dims
+
+from .test_checkpoint_reshard import canonical_hash
+from .test_pipeline import Training, engine_of, one_process
+from .test_trainer import events_of, losses
+
+RunRanks = Callable[..., list[Any]]
+
+YAML = """
+name: piped
+model: {gpt: {layers: 4, width: 16, heads: 2, context: 16}}
+data: {path: %s, validation_fraction: 0.1}
+batch: {global: 8, micro: 1}
+optimizer: {lr: 1e-2, no_decay: [1d]}
+schedule: {warmup_steps: 2}
+train: {steps: 6, eval_every: 4, eval_samples: 7, sample_bytes: 20, ema_decay: 0.9}
+checkpoint: {dir: %s, every_steps: 3, keep_last: null}
+log: {every: 2}
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 100)
+    (tmp_path / "job.yaml").write_text(YAML % (tmp_path / "text", tmp_path / "checkpoints"))
+    return tmp_path / "job.yaml"
+
+
+def trained(job: Path, events: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[dict[str, Any]]:
+    with events.open("wb") as file:
+        monkeypatch.setenv("DSTRAIN_EVENT_FD", str(file.fileno()))
+        code = trainer.main([str(job), *words])
+    assert code == 0
+    return events_of(events)
+
+
+def of(pipeline: int, stage: int, schedule: str) -> list[str]:
+    values = {"parallel.pipeline": pipeline, "parallel.schedule": schedule, "zero.stage": stage}
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.mark.parametrize(("ranks", "pipeline", "stage", "schedule"), [(2, 2, 0, "1f1b"), (4, 2, 3, "zb_v")])
+def test_a_job_trains_validates_and_goes_on_as_one_process(
+    run_ranks: RunRanks,
+    job: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    ranks: int,
+    pipeline: int,
+    stage: int,
+    schedule: str,
+) -> None:
+    alone = trained(job, tmp_path / "alone", monkeypatch, "--set", f"checkpoint.dir={tmp_path / 'other'}")
+    words = of(pipeline, stage, schedule)
+
+    def work(rank: int) -> list[dict[str, Any]]:
+        return trained(job, tmp_path / f"rank-{rank}", monkeypatch, *words)
+
+    for events in run_ranks(ranks, work):
+        for kind, field in (("step", "loss"), ("step", "grad_norm"), ("validation", "val_loss")):
+            assert losses(events, kind, field) == pytest.approx(losses(alone, kind, field), abs=1e-4)
+    assert "--- sample" in capfd.readouterr().out
+    # step 3 of the pipeline goes on in one process
+    again = trained(job, tmp_path / "again", monkeypatch, "--resume", str(tmp_path / "checkpoints" / "step-3"))
+    assert losses(again, "step", "loss") == pytest.approx(
+        losses(alone, "step", "loss")[-len(losses(again, "step", "loss")) :], abs=1e-4
+    )
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+Layout = tuple[int, int, int, str]
+"""World, pipeline, stage, schedule."""
+
+QUICK: list[Layout] = [(1, 1, 0, ""), (2, 2, 0, "1f1b"), (4, 2, 3, "zb_v"), (4, 4, 1, "1f1b"), (2, 1, 2, "")]
+ALL: list[Layout] = [(4, pipeline, stage, "1f1b") for pipeline in (1, 2, 4) for stage in (0, 1, 2, 3)]
+CONFIG: dict[str, Any] = {"ema_decay": 0.9}
+
+
+def engine_for(comm: Communicator, layout: Layout) -> Any:
+    from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
+    from dstrain.runtime.optimizers import make_optimizer
+    from dstrain.runtime.spec.training_config import ZeroConfig
+
+    _, pipeline, stage, schedule = layout
+    training = Training(config=CONFIG)
+    if pipeline > 1:
+        return engine_of(comm, training, schedule, pipeline, stage, None)
+    zero = ZeroConfig(stage=stage, bucket_elements=3000, resident_elements=0 if stage == 3 else 1 << 17)
+    config = EngineConfig(zero=zero, accumulation=4, clip=0.5, **CONFIG)
+    make = training.optimizer
+    return Engine(training.built(), comm, config, lambda p: make_optimizer(p, make), TorchSchedule(None))
+
+
+def step_of(engine: Any) -> None:
+    training = Training()
+    task = training.task()
+    if engine.pipeline is not None:
+        engine.train_batch(task, training.batches(0, engine.data.rank))
+        return
+    for batch in training.batches(0, engine.data.rank):
+        engine.backward(*task.loss(engine, batch))
+        engine.step()
+
+
+def hashes(run_ranks: RunRanks, folder: Path, layouts: list[Layout]) -> set[str]:
+    """One state, saved by each layout, loaded by every other and saved again."""
+
+    def begin(_: int) -> None:
+        with Communicator.connect() as comm:
+            engine = engine_for(comm, layouts[0])
+            step_of(engine)
+            save(engine, folder / "trained")
+
+    run_ranks(layouts[0][0], begin)
+    found = {canonical_hash(folder / "trained" / "step-1")}
+    for source in layouts:
+
+        def spread(_: int, source: Layout = source) -> None:
+            with Communicator.connect() as comm:
+                engine = engine_for(comm, source)
+                load(engine, folder / "trained")
+                save(engine, folder / str(source))
+
+        run_ranks(source[0], spread)
+        found.add(canonical_hash(folder / str(source) / "step-1"))
+    for target in layouts:
+
+        def again(_: int, target: Layout = target) -> None:
+            with Communicator.connect() as comm:
+                for source in layouts:
+                    engine = engine_for(comm, target)
+                    load(engine, folder / str(source))
+                    save(engine, folder / "again" / str(target) / str(source))
+
+        run_ranks(target[0], again, timeout_s=300.0)
+        found |= {canonical_hash(folder / "again" / str(target) / str(source) / "step-1") for source in layouts}
+    return found
+
+
+def test_layouts_with_and_without_a_pipeline_in_every_pair(run_ranks: RunRanks, tmp_path: Path) -> None:
+    assert len(hashes(run_ranks, tmp_path, QUICK)) == 1
+
+
+@pytest.mark.slow
+def test_every_pipeline_at_every_stage_in_every_pair(run_ranks: RunRanks, tmp_path: Path) -> None:
+    assert len(hashes(run_ranks, tmp_path, ALL)) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_whole_model_in_one_file(run_ranks: RunRanks, tmp_path: Path, stage: int) -> None:
+    from safetensors.torch import load_file
+
+    training = Training()
+
+    def work(_: int) -> None:
+        with Communicator.connect() as comm:
+            engine = engine_of(comm, training, "1f1b", 2, stage, None)
+            for step in range(3):
+                engine.train_batch(training.task(), training.batches(step, engine.data.rank))
+            save_model(engine, tmp_path)
+
+    run_ranks(4, work)
+    found, expected = load_file(tmp_path / "model.safetensors"), one_process(training, data=2)["model"]
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], atol=3e-5, rtol=0)
+
+
+# --- what cannot be ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"pipeline": 3}, "parallel.pipeline: expected a divisor of 4 ranks, found 3"),
+        ({"pipeline": 2, "data_shard": 4}, "data_shard × data_replicate = 4 ranks / pipeline 2 = 2"),
+    ],
+)
+def test_arrangements_that_are_none(words: dict[str, int], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parallel_dims(4, 2, **words)
+
+
+def test_a_users_schedule_that_never_ends_is_refused_before_the_start(
+    job: Path, tmp_path: Path, run_ranks: RunRanks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["0F0", "0B0", *(f"0F{m}" for m in range(1, 8)), *(f"0B{m}" for m in range(1, 8))]]
+    rows += [[*(f"1F{m}" for m in range(8)), *(f"1B{m}" for m in range(8))]]
+    (tmp_path / "own.csv").write_text("\n".join(",".join(row) for row in rows))
+
+    def work(_: int) -> int:
+        return trainer.main([str(job), *of(2, 0, str(tmp_path / "own.csv"))])
+
+    assert run_ranks(2, work) == [2, 2]
+    assert ">" in capfd.readouterr().err

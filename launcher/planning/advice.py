@@ -60,7 +60,8 @@ def _of_links(planner: Planner, plan: Plan) -> Iterator[str]:
             words = f"{gigabytes(flow.host_bytes)} of {flow.name} a step over {link}"
         else:
             words = f"{gigabytes(flow.rank_bytes)} of {flow.name} a step from each rank inside of a host"
-        yield f"{100 * waiting:.0f} % of a step ({seconds(plan.exposed_s)}) is waiting for links: {words}; {_less(plan)}"
+        share = f"{100 * waiting:.0f} % of a step ({seconds(plan.exposed_s)})"
+        yield f"{share} is waiting for links: {words}; {_less(plan)}"
     messages = max(plan.costs.message, default=0.0)
     shortest = max(plan.costs.forward)
     if messages > shortest:

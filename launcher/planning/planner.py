@@ -131,7 +131,9 @@ class Planner:
         whole = [sum(estimate.costs.whole[stage] for stage in part.stages) for part in parts]
         makespan = timeline.makespan_s
         if schedule.micro_batches < layout.micro_batches:
-            makespan += (layout.micro_batches - schedule.micro_batches) * self._one_more_s(layout, timeline, estimate.costs)
+            makespan += (layout.micro_batches - schedule.micro_batches) * self._one_more_s(
+                layout, timeline, estimate.costs
+            )
         busy = sum(whole) * layout.micro_batches
         memory = self.memory(layout)
         return Plan(

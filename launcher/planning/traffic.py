@@ -2,8 +2,8 @@
 
 [Note: what a step sends]
 Of Ψ elements of trained parameters, N ranks that share one copy, R copies, m micro-batches:
-    reduction    stage 0: all-reduce over all data ranks, 2·Ψ·(NR−1)/NR; else reduce-scatter, Ψ·(N−1)/N, once, or m times
-                 where `zero.accumulate` is sharded
+    reduction    stage 0: all-reduce over all data ranks, 2·Ψ·(NR−1)/NR; else reduce-scatter, Ψ·(N−1)/N, once, or m
+                 times where `zero.accumulate` is sharded
     copies       all-reduce of each shard over the R copies, 2·Ψ/N·(R−1)/R
     gather       stages 1 and 2: updated parameters, Ψ·(N−1)/N; stage 3: 2m times that, for the forwards and the
                  backwards, and once what stays whole (all, with `zero.reshard: step`)

@@ -5,14 +5,15 @@ runs there on two samples: nothing is computed, but every tensor that autograd w
 
 [Note: attention]
 On the meta device torch would write attention out, scores and all, which no GPU keeps. In its place stands a function
-that keeps what the fused kernels keep: queries, keys, values, the result, and a sum for each row (Dao et al. 2022).
+that keeps what the fused kernels keep: queries, keys, values, the result, laid out as the queries are, and a sum for
+each row (Dao et al. 2022).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,7 +126,7 @@ def _run(model: nn.Module, job: JobConfig, layers: Sequence[Layer], records: Seq
         first, last = modules[layer.modules[0]], modules[layer.modules[-1]]
         for name in layer.modules:
             modules[name].register_forward_pre_hook(lambda *_, number=number: watch.enter(number))
-        first.register_forward_pre_hook(lambda _, args, record=records[number]: _note(record, "input", args))
+        first.register_forward_pre_hook(lambda _, args, record=records[number]: _note(record, "input", args, own))
         last.register_forward_hook(lambda _, __, output, record=records[number]: _note(record, "output", output))
     kept: dict[int, Tensor] = {}
 
@@ -136,13 +137,18 @@ def _run(model: nn.Module, job: JobConfig, layers: Sequence[Layer], records: Seq
             watch.record.saved += tensor.untyped_storage().nbytes()
         return tensor
 
-    with _fused_attention(watch), watch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        _fused_attention(watch),
+        _no_packing(),
+        watch,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         task_of(batch, job.train.loss).loss(model, batch)
 
 
-def _note(record: _Record, key: str, tensors: Any) -> None:
-    """The bytes of what goes into a layer, and comes out of it."""
-    found = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)]
+def _note(record: _Record, key: str, tensors: Any, own: Set[int] = frozenset()) -> None:
+    """The bytes of what goes into a layer, and comes out of it; without the model's `own`, such as tables."""
+    found = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor) and _storage(leaf) not in own]
     size = sum(tensor.numel() * tensor.element_size() for tensor in found)
     setattr(record, key, getattr(record, key) or size)
 
@@ -163,11 +169,11 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
     """Counts products, as of the layer that the forward is in."""
 
     def __init__(self, records: Sequence[_Record], parameters: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
         self._records, self._parameters = records, parameters
         self.record = records[0]
 
@@ -191,8 +197,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        *batch, heads, length, _ = query.shape
-        output = query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-2, -3)
+        like = query if value.shape[-1] == query.shape[-1] else query.new_empty(*query.shape[:-1], value.shape[-1])
+        output = torch.empty_like(like)
         ctx.save_for_backward(query, key, value, output, query.new_empty(*query.shape[:-1], dtype=torch.float32))
         return output
 
@@ -212,11 +218,27 @@ def _fused_attention(watch: _Watch) -> Iterator[None]:
         mixed: Tensor = _Attention.apply(query, key, value)  # type: ignore[no-untyped-call] # torch's
         return mixed
 
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attention
     try:
         yield
     finally:
         F.scaled_dot_product_attention = real
+
+
+@contextmanager
+def _no_packing() -> Iterator[None]:
+    """transformers looks at positions for samples that are packed into one; on the meta device there is nothing to see,
+    and ours never are."""
+    masking = sys.modules.get("transformers.masking_utils")
+    real = vars(masking).get("find_packed_sequence_indices") if masking is not None else None
+    if masking is None or real is None:
+        yield
+        return
+    vars(masking)["find_packed_sequence_indices"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        vars(masking)["find_packed_sequence_indices"] = real
 
 
 def main() -> None:

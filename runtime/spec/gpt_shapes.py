@@ -2,7 +2,8 @@
 
 [Note: what a block keeps]
 In units of time × width elements: the inputs of both norms (2), of the two matrices behind them (2), queries, keys and
-values as they were (3), queries and keys turned (2), what attention has mixed (1), both sides of the GELU (8): 18.
+values as they were (3), queries and keys turned (2), what attention has mixed (1), and the same with heads side by side
+(1), both sides of the GELU (8): 19.
 Besides, in fp32, each norm's mean and deviation, and attention's sum for each head. Scores are never kept: attention
 computes them again, block by block (Dao et al. 2022).
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from dstrain.runtime.spec.model_config import GPTConfig
 from dstrain.runtime.spec.model_shapes import LayerShape, ModelShapes, ParameterShape
 
-KEPT_OF_A_BLOCK = 18
+KEPT_OF_A_BLOCK = 19
 """[Note: what a block keeps]"""
 
 

@@ -124,7 +124,9 @@ def test_a_plan_fits_80_columns(hosts: str, sections: dict[str, Any]) -> None:
 
 
 def test_a_search_fits_80_columns() -> None:
-    planner = planner_of(job(GIANT, batch={"global": 65536, "micro": 1}, precision={"dtype": "bf16"}), "n[1-512]:8", memory=("1024GiB",))
+    planner = planner_of(
+        job(GIANT, batch={"global": 65536, "micro": 1}, precision={"dtype": "bf16"}), "n[1-512]:8", memory=("1024GiB",)
+    )
     lines = list(search_lines(planner, search(planner)))
     assert max(map(len, lines)) <= WIDTH, max(lines, key=len)
 

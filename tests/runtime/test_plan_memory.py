@@ -19,6 +19,7 @@ from dstrain.runtime.comm import Communicator
 from dstrain.runtime.engine import Engine
 from dstrain.runtime.gradients import OwnGradients, ReplicatedGradients
 from dstrain.runtime.models.gpt import GPT, next_token_loss
+from dstrain.runtime.precision import cast_parameters
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.gpt_shapes import gpt_shapes
 from dstrain.runtime.spec.load import job_of
@@ -197,7 +198,8 @@ def test_units_are_the_runtimes_own(run_ranks: RunRanks, stage: int, whole: bool
 def saved(dtype: torch.dtype, spec: Any, rows: int) -> int:
     """Bytes that autograd keeps of one forward and its loss, without parameters, buffers and samples."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(layers=3, width=96, heads=4, context=32, vocabulary=300)).to(dtype)
+    gpt = GPT(GPTConfig(layers=3, width=96, heads=4, context=32, vocabulary=300))
+    cast_parameters(gpt, dtype)
     if spec is not None:
         checkpoint_activations(gpt, spec)
     samples = torch.randint(300, (rows, 33))

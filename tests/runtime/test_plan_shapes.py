@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dstrain.launcher.planning import find_shapes as finding
@@ -68,7 +69,8 @@ def test_the_gpts_formulas_are_what_its_forward_does(dtype: str) -> None:
     assert found.blocks == expected.blocks
     assert [(one.name, one.shape) for one in found.parameters] == [(one.name, one.shape) for one in expected.parameters]
     for ours, theirs in zip(expected.layers, found.layers, strict=True):
-        assert (ours.name, ours.parameters) == (theirs.name, tuple(sorted(theirs.parameters, key=ours.parameters.index)))
+        assert ours.name == theirs.name
+        assert sorted(ours.parameters) == sorted(theirs.parameters)
         assert ours.weight_flops == pytest.approx(theirs.weight_flops)
         assert ours.other_flops == pytest.approx(theirs.other_flops)
         if ours.name != "token":
@@ -92,7 +94,8 @@ def test_a_model_of_transformers_is_a_chain() -> None:
     assert config.model is not None
     real = build_model(config.model)
     assert found.elements == sum(parameter.numel() for parameter in real.parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    written_out = sdpa_kernel(SDPBackend.MATH)  # torch does not count its fused kernel for CPUs
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), written_out:
         real(torch.zeros(1, 32, dtype=torch.int64))
     flops = sum(layer.weight_flops + layer.other_flops for layer in found.layers)
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)

@@ -99,8 +99,10 @@ def test_a_model_of_transformers_is_a_chain() -> None:
         real(torch.zeros(1, 32, dtype=torch.int64))
     flops = sum(layer.weight_flops + layer.other_flops for layer in found.layers)
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.05)
-    blocks = found.layers[1:-1]
+    first, *blocks = found.layers[1:-1]
     assert len({layer.saved_bytes for layer in blocks}) == 1
+    tables = 2 * 32 * 16 * 4  # cosines and sines, which all blocks keep together, of both samples
+    assert first.saved_bytes - blocks[0].saved_bytes == tables / 2
     assert all(layer.output_bytes == 32 * 64 * 4 for layer in blocks)
 
 

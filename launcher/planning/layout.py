@@ -14,8 +14,10 @@ from dstrain.runtime.spec.schedule import Schedule, check, make_schedule, read_c
 from dstrain.runtime.spec.schedule.plan import in_a_loop, in_a_v
 from dstrain.runtime.spec.training_config import OffloadConfig, ZeroConfig
 
-ROUNDS = 3
-"""[Note: enough micro-batches] as many as this times the pipeline's ranks."""
+ROUNDS, WINDOW = 6, 2
+"""[Note: enough micro-batches] as many as these times the pipeline's ranks."""
+WHOLE = 2048
+"""[Note: enough micro-batches] stages × micro-batches: 50 ms in the simulator."""
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,13 @@ def rank_of(layout: Layout) -> tuple[int, ...]:
 
 
 def enough(layout: Layout) -> int:
-    """[Note: enough micro-batches] A schedule repeats itself once its pipeline is full: so many are simulated, the
-    others take as long as those in the middle. The rest of a division by the ranks is kept: interleaving looks at it.
-    A user's own schedule is simulated whole."""
+    """[Note: enough micro-batches] A small schedule is simulated whole, and so is a user's own. Any other repeats itself
+    once its pipeline is full: ROUNDS are simulated, the others take as long as the last WINDOW of these (interleaved,
+    every other round may be faster). The rest of a division by the ranks is kept: interleaving looks at it."""
     ranks, micro_batches = layout.dims.pipeline, layout.micro_batches
-    least = ROUNDS * ranks + micro_batches % ranks
-    return micro_batches if isinstance(layout.schedule, Path) else min(micro_batches, least)
+    if isinstance(layout.schedule, Path) or micro_batches * len(rank_of(layout)) <= WHOLE:
+        return micro_batches
+    return min(micro_batches, ROUNDS * ranks + micro_batches % ranks)
 
 
 def _micro_batches(batch: BatchConfig, dims: ParallelDims) -> int:

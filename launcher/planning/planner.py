@@ -19,7 +19,7 @@ from typing import NamedTuple
 from dstrain.launcher.planning.activations import Kept, kept_by, peak_bytes, recomputed
 from dstrain.launcher.planning.cluster import Cluster, Node
 from dstrain.launcher.planning.costs import GivenCosts, StageCosts, apply_given, estimated
-from dstrain.launcher.planning.layout import Layout, enough, known_schedule, rank_of
+from dstrain.launcher.planning.layout import WINDOW, Layout, enough, known_schedule, rank_of
 from dstrain.launcher.planning.memory import HEADROOM, Memory, StateMemory, accumulates
 from dstrain.launcher.planning.parts import Part, partition, parts_of
 from dstrain.launcher.planning.traffic import (
@@ -131,9 +131,8 @@ class Planner:
         whole = [sum(estimate.costs.whole[stage] for stage in part.stages) for part in parts]
         makespan = timeline.makespan_s
         if schedule.micro_batches < layout.micro_batches:
-            makespan += (layout.micro_batches - schedule.micro_batches) * self._one_more_s(
-                layout, timeline, estimate.costs
-            )
+            more = layout.micro_batches - schedule.micro_batches
+            makespan += more * self._one_more_s(layout, timeline, estimate.costs)
         busy = sum(whole) * layout.micro_batches
         memory = self.memory(layout)
         return Plan(
@@ -152,9 +151,10 @@ class Planner:
 
     def _one_more_s(self, layout: Layout, timeline: Timeline, costs: StageCosts) -> float:
         """What another micro-batch adds: computing, or waiting for messages, whichever is slower."""
-        ranks, known = layout.dims.pipeline, timeline.schedule.micro_batches
-        fewer = known_schedule(layout.schedule, ranks, known - ranks, layout.stages_per_rank)
-        return (timeline.makespan_s - simulate(fewer, costs.for_simulator()).makespan_s) / ranks
+        window = WINDOW * layout.dims.pipeline
+        known = timeline.schedule.micro_batches
+        fewer = known_schedule(layout.schedule, layout.dims.pipeline, known - window, layout.stages_per_rank)
+        return (timeline.makespan_s - simulate(fewer, costs.for_simulator()).makespan_s) / window
 
     def memory(self, layout: Layout) -> tuple[Memory, ...]:
         """Of each pipeline rank, at its peak."""

@@ -26,8 +26,10 @@ def by_size(parameters: Sequence[Named], elements: int, sections: Sequence[froze
     """Neighbours of one dtype, up to `elements` together, in the order in which the backward makes their gradients.
 
     sections: names that share no group with others."""
-    parts = [[named for named in parameters if named[0] in section] for section in reversed(sections)] or [parameters]
-    groups = [group for part in parts for group in grouped(reversed(part), elements)]
+    parts: list[Sequence[Named]] = [
+        [named for named in parameters if named[0] in section] for section in reversed(sections)
+    ]
+    groups = [group for part in parts or [parameters] for group in grouped(reversed(part), elements)]
     return [Group(f"unit {number} ({group[0][0]} …)", tuple(group)) for number, group in enumerate(groups)]
 
 

@@ -35,9 +35,10 @@ class _Done:
 class Communicator:
     """The ranks of one job, or of a part of it, seen from one of them.
 
-    rank, world_size, local_rank: as torchrun defines them, rank and world_size within the part. device: where this rank's tensors live.
-    whole: the job's communicator. job_ranks: of all ranks of this part. traffic_bytes: of the whole: what this rank has sent in collectives on tensors since `take_traffic` was last called, by
-    the formula of a ring: an all-reduce of S bytes over N ranks sends 2·S·(N−1)/N.
+    rank, world_size, local_rank: as torchrun defines them, rank and world_size within the part. device: where this
+    rank's tensors live. whole: the job's communicator. job_ranks: the job's ranks of all that are in this part.
+    traffic_bytes: of the whole: what this rank has sent in messages and in collectives on tensors since `take_traffic`
+    was last called, by the formula of a ring: an all-reduce of S bytes over N ranks sends 2·S·(N−1)/N.
     """
 
     def __init__(

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.ema import WeightAverage
+from dstrain.runtime.gradients import GradientReducer
 from dstrain.runtime.hooks import Hook
 from dstrain.runtime.loss_scale import LossScaler
 from dstrain.runtime.optimizers import set_learning_rate
@@ -238,6 +239,7 @@ class Engine:
             raise UsageError.mismatch(
                 "engine.backward", "engine.step() behind every backward", "another backward", "add up losses before it"
             )
+        assert isinstance(self.gradients, GradientReducer), "the stages of a pipeline have train_batch"
         weight = 1 if num_tokens is None else num_tokens
         self.gradients.begin_backward(self.micro_step == self.config.accumulation - 1, counts=weight > 0)
         unit = self._choose_unit(weight)
@@ -281,7 +283,7 @@ class Engine:
                 self._totals[4] = squares
             loss_sum, tokens, stop, save, total, ready, *orders = self._totals.tolist()
         for part in range(self.dims.pipeline):
-            self.weights.check_order(*orders[2 * part : 2 * part + 2], self.dims.data_ranks(part))
+            self.weights.check_order(orders[2 * part], orders[2 * part + 1], self.dims.data_ranks(part))
         self.replicas.check(reading, f"step {self.global_step + 1}")
         norm = math.sqrt(total * self.weights.sharers / self.dims.data if is_spread else total)
         divisor = tokens * self.scaler.value / self._unit if tokens else 1.0
@@ -311,7 +313,7 @@ class Engine:
         unit = self._choose_unit(max(feed.weights))
         feed.scale = self.scaler.value / unit
         self.pipeline.train(feed)
-        self._totals[:2] = torch.tensor(feed.totals, dtype=torch.float64)
+        self._totals[:2] = feed.totals
         self.micro_step = self.config.accumulation
         result = self.step()
         assert result is not None
@@ -541,7 +543,7 @@ class Engine:
 
     def _begin_step(self) -> None:
         if not self._is_ordered:
-            self.gradients.launch_in(self.data.all_gather_object(self.gradients.order())[0])
+            self.gradients.agree(self.data)
             self._is_ordered = True
         self.global_step += 1
         self.micro_step = self._stepped_behind = 0

@@ -31,6 +31,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.zero.plan import UnitPlan
@@ -183,6 +184,14 @@ class GradientReducer(ABC):
         """The numbers of the buckets as the last backward has made their gradients; at the end those it has not."""
         return [*self._completed, *(number for number in self._in_order if number not in self._completed)]
 
+    def agree(self, comm: Communicator) -> None:
+        """Reduce the buckets, from now on, in the order in which rank 0's last backward has made their gradients."""
+        self.launch_in(comm.all_gather_object(self.order())[0])
+
+    def of_parameters(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its gradient, where ranks have whole ones: at stage 0."""
+        return iter(())
+
     def launch_in(self, order: Sequence[int]) -> None:
         """Reduce the buckets in this order from now on; the same on all ranks."""
         self._in_order = list(order)
@@ -227,7 +236,7 @@ class GradientReducer(ABC):
     def _reduces_in(self, last: bool) -> bool:
         return last
 
-    def take(self, parameter: nn.Parameter) -> None:
+    def take(self, parameter: Tensor) -> None:
         """A gradient that no autograd has put into `parameter.grad`, but somebody else, within a backward."""
         self._come(parameter)
 
@@ -238,7 +247,7 @@ class GradientReducer(ABC):
         early = self._early.get(parameter)
         self._early[parameter] = gradient if early is None else early + gradient
 
-    def changed(self, parameter: nn.Parameter) -> None:
+    def changed(self, parameter: nn.Parameter) -> None:  # noqa: B027 # most have no copy of it
         """Somebody has changed `sum_of(parameter)`."""
 
     def _come(self, parameter: Tensor) -> None:

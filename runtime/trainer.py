@@ -247,7 +247,7 @@ class Trainer:
             batches = [to_device(batch, self.comm.device) for batch, _ in some]
             feed = ValidationFeed(self.task, batches, [counts for _, counts in some])
             pipeline.forward(feed)
-            totals += torch.tensor(feed.totals, dtype=torch.float64)
+            totals += feed.totals.cpu()
             self.report.alive()
         return totals
 

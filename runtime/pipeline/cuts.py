@@ -1,8 +1,8 @@
 """Where a model can be cut: its layers, in the order in which they run.
 
 [Note: layers]
-A chain of layers, each of which takes what the one before has given. Our GPT and transformers' decoders are such a chain
-inside of a forward of their own: an embedding, the blocks, norm and head. That forward is kept: on each stage the
+A chain of layers, each of which takes what the one before has given. Our GPT and transformers' decoders are such a
+chain inside of a forward of their own: an embedding, the blocks, norm and head. That forward is kept: on each stage the
 whole of it runs, with the layers of other stages replaced by modules that give back what they get (`part.py`). So masks
 and positions, which every layer needs besides, are made on each stage from the micro-batch, and are not sent.
 An nn.Sequential can be cut between any two of its modules.

@@ -2,8 +2,8 @@
 
 [Note: beside]
 Receives are posted AHEAD of the action that needs them; sends go on while the next action computes. An output that has
-been sent is not kept: the backward begins at its place in the graph (`GradientEdge`). A stage's gradients are reduced in
-its last backward, beside the other stages' actions.
+been sent is not kept: the backward begins at its place in the graph (`GradientEdge`). A stage's gradients are reduced
+in its last backward, beside the other stages' actions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dstrain.runtime.pipeline.messages import Mailbox, Signature
 from dstrain.runtime.pipeline.part import ModelPart, endings, tensors_of
 from dstrain.runtime.pipeline.split_backward import Splitter, WeightGradients
 from dstrain.runtime.spec.schedule import Action, Kind
+from dstrain.runtime.task import Arguments
 
 AHEAD = 2
 """Receives that are posted before their turn: one hides the latency, the second a late sender."""
@@ -29,9 +30,11 @@ AHEAD = 2
 class Feed(Protocol):
     """The micro-batches of a step."""
 
-    signatures: Sequence[Signature]
+    @property
+    def signatures(self) -> Sequence[Signature]:
+        """Of each."""
 
-    def arguments(self, micro: int) -> tuple[Any, dict[str, Any]]:
+    def arguments(self, micro: int) -> Arguments:
         """Of the model's forward."""
 
     def loss(self, output: Any, micro: int) -> Tensor:
@@ -42,8 +45,8 @@ class Feed(Protocol):
 
 
 class _Held(NamedTuple):
-    """Between a stage's forward and its backward. ends: where the backward begins; None: it needs no gradient. seed: the
-    gradient of the loss, in the last stage."""
+    """Between a stage's forward and its backward. ends: where the backward begins; None: it needs no gradient. seed:
+    the gradient of the loss, in the last stage."""
 
     inputs: tuple[Tensor, ...]
     ends: tuple[GradientEdge | None, ...]
@@ -74,7 +77,9 @@ class Executor:
         self._in_backward, self._reducers = in_backward, reducers
         self._last = len(part.layers) - 1
         self._parameters = {stage: part.parameters_of(stage) for stage in part.own}
-        self._owner = {parameter: part.stage_of(name) for name, parameter in part.model.named_parameters()}
+        self._owner: dict[Tensor, int] = {
+            parameter: part.stage_of(name) for name, parameter in part.model.named_parameters()
+        }
         self._foreign = {stage: [p for p in self._parameters[stage] if self._owner[p] != stage] for stage in part.own}
         self._splitter: Splitter | None = None
         self._held: dict[tuple[int, int], _Held] = {}
@@ -105,7 +110,8 @@ class Executor:
             if done < len(receiving) and receiving[done] is action:
                 done += 1
             self._do[action.kind](action)
-        assert not self._held and not self._left, "the schedule has been checked"
+        assert not self._held, "the schedule has been checked"
+        assert not self._left, "the schedule has been checked"
         for boundary in self._boundaries:
             if boundary is not None:
                 boundary.activations.finish()
@@ -169,7 +175,7 @@ class Executor:
         ends = [(end, grad) for end, grad in zip(held.ends, grads, strict=True) if end is not None and grad is not None]
         if ends:
             with self._in_backward():
-                torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])  # type: ignore[no-untyped-call]
+                torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
         return held.inputs
 
     def _send_back(self, action: Action, inputs: tuple[Tensor, ...]) -> None:

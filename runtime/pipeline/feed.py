@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dstrain.runtime.pipeline.messages import signature_of
@@ -20,7 +21,7 @@ class TrainingFeed:
         self.weights = [task.count(batch) for batch in batches]
         self.signatures = [signature_of(batch, training=True) for batch in batches]
         self.scale = 1.0
-        self.totals = [0.0, 0.0]
+        self.totals = torch.zeros(2, dtype=torch.float64)
 
     def arguments(self, micro: int) -> Arguments:
         """Of the model's forward."""
@@ -29,8 +30,8 @@ class TrainingFeed:
     def loss(self, output: Any, micro: int) -> Tensor:
         """What is differentiated, of the last stage's output."""
         loss, weight = self._task.loss_of(output, self._batches[micro]), self.weights[micro]
-        self.totals[0] += float(loss.detach()) * weight
-        self.totals[1] += weight
+        counted = loss.new_tensor(weight, dtype=torch.float64)
+        self.totals = self.totals.to(loss.device) + torch.stack([loss.detach().double() * weight, counted])
         return loss * (weight * self.scale)
 
     def counts(self, micro: int) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import CommGroup
 from dstrain.runtime.gradients import GradientReducer
 
@@ -46,14 +47,10 @@ class StagedGradients:
         for reducer in self.of_stage.values():
             yield from reducer.of_parameters()
 
-    def order(self) -> list[list[int]]:
+    def agree(self, comm: Communicator) -> None:
         """Of each stage: see GradientReducer."""
-        return [reducer.order() for reducer in self.of_stage.values()]
-
-    def launch_in(self, orders: Sequence[Sequence[int]]) -> None:
-        """Of each stage: see GradientReducer."""
-        for reducer, order in zip(self.of_stage.values(), orders, strict=True):
-            reducer.launch_in(order)
+        for reducer in self.of_stage.values():
+            reducer.agree(comm)
 
     def sample_is_finite(self) -> bool:
         """Whether this rank's own gradients of the step look finite."""

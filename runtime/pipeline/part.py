@@ -47,10 +47,13 @@ class _Received(nn.Module):
 
 
 class ModelPart:
-    """The stages of one rank, in one module. model: what is left of the whole. tied_ranks: names of parameters that
-    stages of several pipeline ranks have, each with those ranks; the same on all ranks. elsewhere: an empty stand-in for
-    each trained parameter of other ranks, for the optimizer, whose groups are the same everywhere. aliases: names of the
-    whole model that mean a tensor of another name."""
+    """The stages of one rank, in one module.
+
+    model: what is left of the whole. tied_ranks: names of parameters that stages of several pipeline ranks have, each
+    with those ranks; the same on all ranks. elsewhere: an empty stand-in for each trained parameter of other ranks, for
+    the optimizer, whose groups are the same everywhere. aliases: names of the whole model that mean a tensor of another
+    name.
+    """
 
     def __init__(
         self, model: nn.Module, chain: Chain, layers: Sequence[range], schedule: Schedule, pipeline_rank: int

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
+from dstrain.runtime.models.language import logits_of
 from dstrain.runtime.pipeline.cuts import chain_of
 from dstrain.runtime.pipeline.executor import Boundary, Executor, Feed
 from dstrain.runtime.pipeline.gradients import StagedGradients
@@ -18,6 +19,7 @@ from dstrain.runtime.pipeline.part import ModelPart
 from dstrain.runtime.pipeline.partition import bounds
 from dstrain.runtime.spec.parallel_dims import ParallelDims
 from dstrain.runtime.spec.schedule import Action, Kind, Schedule
+from dstrain.runtime.task import Arguments
 
 
 class Pipeline:
@@ -64,12 +66,14 @@ class Pipeline:
         assert self._executor is not None
         self._executor.run(forwards(self.schedule, self.place, len(feed.signatures)), feed)
 
-    def everywhere(self, arguments: tuple[Any, dict[str, Any]]) -> Tensor:
+    def everywhere(self, arguments: Arguments) -> Tensor:
         """What the model gives, on all ranks of the column."""
         found = _Output(arguments)
         self.forward(found)
-        form = self.column.broadcast_object(None if found.output is None else tuple(found.output.shape), self.last)
-        output = torch.empty(form, device=self._comm.device) if found.output is None else found.output.float()
+        own = None if found.output is None else found.output.float()
+        form = self.column.broadcast_object(None if own is None else own.shape, self.last)
+        assert form is not None
+        output = torch.empty(form, device=self._comm.device) if own is None else own
         self.column.broadcast(output, self.last)
         return output
 
@@ -90,18 +94,17 @@ class Pipeline:
 class _Output:
     """Of one micro-batch, where the last stage is."""
 
-    def __init__(self, arguments: tuple[Any, dict[str, Any]]) -> None:
-        self._arguments, self.output = arguments, None
+    def __init__(self, arguments: Arguments) -> None:
+        self._arguments = arguments
+        self.output: Tensor | None = None
         self.signatures = [signature_of(arguments, training=False)]
 
-    def arguments(self, _: int) -> tuple[Any, dict[str, Any]]:
+    def arguments(self, _: int) -> Arguments:
         return self._arguments
 
     def loss(self, output: Any, _: int) -> Tensor:
-        from dstrain.runtime.models.language import logits_of
-
-        self.output = logits_of(output)
-        return self.output
+        self.output = logits = logits_of(output)
+        return logits
 
     def counts(self, _: int) -> bool:
         return False

@@ -32,9 +32,9 @@ class WeightGradients:
 
     def __init__(self) -> None:
         self.products: list[_Product] = []
-        self.ready: dict[nn.Parameter, Tensor] = {}
+        self.ready: dict[Tensor, Tensor] = {}
 
-    def compute(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def compute(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter once, with its gradient."""
         found = self.ready
         while self.products:
@@ -108,13 +108,13 @@ class _SplitLinear(torch.autograd.Function):
         return F.linear(given, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, output: Tensor) -> Any:
         given, weight = ctx.saved_tensors
         ctx.splitter.keep(ctx.layer, given, output)
         return (output @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
 
 
-def _add(found: dict[nn.Parameter, Tensor], parameter: nn.Parameter, gradient: Tensor) -> None:
+def _add(found: dict[Tensor, Tensor], parameter: Tensor, gradient: Tensor) -> None:
     if parameter in found:
         found[parameter] = found[parameter] + gradient
     else:

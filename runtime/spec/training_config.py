@@ -85,7 +85,7 @@ class ParallelConfig(Section):
     partition: Literal["parameters", "time"] | tuple[Count, ...] = Field(
         default="parameters",
         description="How layers are dealt out to stages. parameters: by their number of parameters; time: by a "
-        "measurement at the start; or the number of layers of each stage, the embedding the first and the head the last.",
+        "measurement at the start; or the number of layers of each stage, the embedding the first, the head the last.",
     )
     data_shard: Count | None = Field(
         default=None,

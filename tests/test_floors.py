@@ -18,7 +18,8 @@ PLAIN_CHECKPOINT = {  # for `dstrain ckpt`: no torch
     *("foreign", "foreign_safetensors"),
 }
 PLAIN_RUNTIME = {  # for `dstrain plan`: pure, no torch
-    *("dstrain.runtime.pipeline.partition", "dstrain.runtime.zero.groups", "dstrain.runtime.zero.plan"),
+    *("dstrain.runtime.pipeline.holding", "dstrain.runtime.pipeline.partition"),
+    *("dstrain.runtime.zero.groups", "dstrain.runtime.zero.plan"),
 }
 FOREIGN_TORCH = {"foreign_torch", "foreign_deepspeed"}  # for `dstrain ckpt import` alone
 STANDARD = set(sys.stdlib_module_names)

@@ -10,7 +10,7 @@ from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.data_config import BatchConfig
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.parallel_dims import ParallelDims, parallel_dims
-from dstrain.runtime.spec.schedule import Schedule, check, make_schedule, read_csv
+from dstrain.runtime.spec.schedule import Schedule, endings, find_schedule
 from dstrain.runtime.spec.schedule.plan import in_a_loop, in_a_v
 from dstrain.runtime.spec.training_config import OffloadConfig, ZeroConfig
 
@@ -69,12 +69,8 @@ def zero_at(zero: ZeroConfig, stage: int) -> ZeroConfig:
 
 @lru_cache(maxsize=64)
 def known_schedule(schedule: str | Path, ranks: int, micro_batches: int, stages_per_rank: int | None) -> Schedule:
-    """The schedule, proved to end. Raises UsageError."""
-    if isinstance(schedule, Path):
-        made = read_csv(schedule, ranks, micro_batches)
-        check(made)
-        return made
-    return make_schedule(schedule, ranks, micro_batches, stages_per_rank)
+    """The runtime's. Raises UsageError."""
+    return find_schedule(schedule, ranks, micro_batches, stages_per_rank)
 
 
 def rank_of(layout: Layout) -> tuple[int, ...]:
@@ -90,10 +86,20 @@ def rank_of(layout: Layout) -> tuple[int, ...]:
     return known_schedule(layout.schedule, ranks, layout.micro_batches, None).rank_of
 
 
+def ended(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Of each rank, its stages in the order in which they end; where all start with the last one, that is known."""
+    holders, ranks = rank_of(layout), range(layout.dims.pipeline)
+    if layout.schedule == "zb_v" or isinstance(layout.schedule, Path):
+        made = known_schedule(layout.schedule, len(ranks), enough(layout), layout.stages_per_rank)
+        return tuple(tuple(endings(row)) for row in made.ranks)
+    return tuple(tuple(stage for stage in reversed(range(len(holders))) if holders[stage] == rank) for rank in ranks)
+
+
 def enough(layout: Layout) -> int:
-    """[Note: enough micro-batches] A small schedule is simulated whole, and so is a user's own. Any other repeats itself
-    once its pipeline is full: ROUNDS are simulated, the others take as long as the last WINDOW of these (interleaved,
-    every other round may be faster). The rest of a division by the ranks is kept: interleaving looks at it."""
+    """[Note: enough micro-batches]
+    A small schedule is simulated whole, and so is a user's own. Any other repeats itself once its pipeline is full:
+    ROUNDS are simulated, the others take as long as the last WINDOW of these (interleaved, every other round may be
+    faster). The rest of a division by the ranks is kept: interleaving looks at it."""
     ranks, micro_batches = layout.dims.pipeline, layout.micro_batches
     if isinstance(layout.schedule, Path) or micro_batches * len(rank_of(layout)) <= WHOLE:
         return micro_batches

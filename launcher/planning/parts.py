@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dstrain.runtime.pipeline.partition import balanced, bounds, given
+from dstrain.runtime.pipeline.holding import ending_stage, sections_of, tied_ranks
+from dstrain.runtime.pipeline.partition import bounds, partition
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.model_shapes import LayerShape, ModelShapes, ParameterShape
 
@@ -32,26 +33,30 @@ class Part:
         return [named for named in self.parameters if named[1].requires_grad]
 
 
-def partition(shapes: ModelShapes, stages: int, wished: str | Sequence[int]) -> list[int]:
+def counts_of(shapes: ModelShapes, stages: int, wished: str | Sequence[int]) -> list[int]:
     """Layers of each stage. wished: `parameters`, `time` (here by operations), or the numbers. Raises UsageError."""
     if stages > 1 and shapes.uncut:
         raise UsageError.mismatch("parallel.pipeline", "1 for this model", str(stages), shapes.uncut)
-    if not isinstance(wished, str):
-        return given(wished, len(shapes.layers), stages)
     if wished == "time":
-        return balanced([3 * (layer.weight_flops + layer.other_flops) for layer in shapes.layers], stages)
-    sizes = {parameter.name: parameter.numel() for parameter in shapes.parameters}
-    return balanced([float(sum(sizes[name] for name in layer.parameters)) for layer in shapes.layers], stages)
+        costs = [3 * (layer.weight_flops + layer.other_flops) for layer in shapes.layers]
+    else:
+        sizes = {parameter.name: parameter.numel() for parameter in shapes.parameters}
+        costs = [float(sum(sizes[name] for name in layer.parameters)) for layer in shapes.layers]
+    return partition(wished, costs, stages)
 
 
-def parts_of(shapes: ModelShapes, counts: Sequence[int], rank_of: Sequence[int]) -> list[Part]:
-    """counts: layers of each stage. rank_of: the pipeline rank of each stage."""
+def parts_of(
+    shapes: ModelShapes, counts: Sequence[int], rank_of: Sequence[int], ended: Sequence[Sequence[int]]
+) -> list[Part]:
+    """counts: layers of each stage. rank_of: the pipeline rank of each stage. ended: of each rank, its stages in the
+    order in which they end."""
     layers = [tuple(shapes.layers[place] for place in places) for places in bounds(counts)]
     stages_of: dict[str, list[int]] = {}
     for stage, own in enumerate(layers):
         for name in dict.fromkeys(name for layer in own for name in layer.parameters):
             stages_of.setdefault(name, []).append(stage)
-    return [_part(shapes, rank, layers, rank_of, stages_of) for rank in range(max(rank_of) + 1)]
+    tied = tied_ranks(stages_of, rank_of)
+    return [_part(shapes, rank, layers, rank_of, stages_of, tied, ended[rank]) for rank in range(len(ended))]
 
 
 def _part(
@@ -60,13 +65,19 @@ def _part(
     layers: Sequence[tuple[LayerShape, ...]],
     rank_of: Sequence[int],
     stages_of: Mapping[str, list[int]],
+    tied: Mapping[str, list[int]],
+    ended: Sequence[int],
 ) -> Part:
     own = tuple(stage for stage, holder in enumerate(rank_of) if holder == rank)
-    here = {name: stage for stage in reversed(own) for layer in layers[stage] for name in layer.parameters}
+    here = {name for stage in own for layer in layers[stage] for name in layer.parameters}
     mine = [(one.name, one) for one in shapes.parameters if one.name in here]
-    ranks_of = {name: tuple(sorted({rank_of[stage] for stage in stages_of[name]})) for name in here}
-    tied = {name: ranks_of[name] for name, _ in mine if len(ranks_of[name]) > 1}
-    sections = [frozenset(name for name, _ in mine if name not in tied and here[name] == stage) for stage in own]
-    sections += [frozenset([name]) for name in tied]
-    kept = tuple(section for section in sections if section) if max(rank_of) else ()
-    return Part(own, tuple(layers[stage] for stage in own), tuple(mine), kept, tied, here)
+    stage_of = {name: ending_stage(stages_of[name], ended) for name, _ in mine}
+    sections = sections_of(stage_of, own, tied, stage_of.__getitem__) if max(rank_of) else []
+    return Part(
+        stages=own,
+        layers=tuple(layers[stage] for stage in own),
+        parameters=tuple(mine),
+        sections=tuple(sections),
+        tied={name: tuple(tied[name]) for name, _ in mine if name in tied},
+        stage_of=stage_of,
+    )

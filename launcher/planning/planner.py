@@ -19,9 +19,9 @@ from typing import NamedTuple
 from dstrain.launcher.planning.activations import Kept, kept_by, peak_bytes, recomputed
 from dstrain.launcher.planning.cluster import Cluster, Node
 from dstrain.launcher.planning.costs import GivenCosts, StageCosts, apply_given, estimated
-from dstrain.launcher.planning.layout import WINDOW, Layout, enough, known_schedule, rank_of
+from dstrain.launcher.planning.layout import WINDOW, Layout, ended, enough, known_schedule, rank_of
 from dstrain.launcher.planning.memory import HEADROOM, Memory, StateMemory, accumulates
-from dstrain.launcher.planning.parts import Part, partition, parts_of
+from dstrain.launcher.planning.parts import Part, counts_of, parts_of
 from dstrain.launcher.planning.traffic import (
     COPIES,
     GATHERING,
@@ -106,11 +106,11 @@ class Planner:
 
     def parts(self, layout: Layout) -> tuple[Part, ...]:
         """Of each pipeline rank. Raises UsageError where the model cannot be cut so."""
-        holders = rank_of(layout)
-        key = holders, layout.partition
+        holders, ends = rank_of(layout), ended(layout)
+        key = holders, ends, layout.partition
         if key not in self._parts:
-            counts = partition(self.shapes, len(holders), layout.partition)
-            self._parts[key] = tuple(parts_of(self.shapes, counts, holders))
+            counts = counts_of(self.shapes, len(holders), layout.partition)
+            self._parts[key] = tuple(parts_of(self.shapes, counts, holders, ends))
         return self._parts[key]
 
     def estimate(self, layout: Layout, given: GivenCosts | None = None) -> Estimate:

@@ -18,9 +18,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dstrain.runtime.gradients import GradientReducer
 from dstrain.runtime.pipeline.messages import Mailbox, Signature
-from dstrain.runtime.pipeline.part import ModelPart, endings, tensors_of
+from dstrain.runtime.pipeline.part import ModelPart, tensors_of
 from dstrain.runtime.pipeline.split_backward import Splitter, WeightGradients
-from dstrain.runtime.spec.schedule import Action, Kind
+from dstrain.runtime.spec.schedule import Action, Kind, endings
 from dstrain.runtime.task import Arguments
 
 AHEAD = 2

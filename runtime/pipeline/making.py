@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.pipeline.cuts import Chain, chain_of
-from dstrain.runtime.pipeline.partition import balanced, given
+from dstrain.runtime.pipeline.partition import partition
 from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.parallel_dims import ParallelDims, parallel_dims
-from dstrain.runtime.spec.schedule import Schedule, check, make_schedule, read_csv
+from dstrain.runtime.spec.schedule import Schedule, check, find_schedule
 
 
 def dims_of(job: JobConfig, world_size: int) -> ParallelDims:
@@ -24,10 +22,7 @@ def dims_of(job: JobConfig, world_size: int) -> ParallelDims:
 def schedule_of(job: JobConfig, micro_batches: int) -> Schedule:
     """The schedule of a step, proved to end. Raises UsageError with the faulty cell."""
     parallel = job.parallel
-    if isinstance(parallel.schedule, Path):
-        schedule = read_csv(parallel.schedule, parallel.pipeline, micro_batches)
-    else:
-        schedule = make_schedule(parallel.schedule, parallel.pipeline, micro_batches, parallel.stages_per_rank)
+    schedule = find_schedule(parallel.schedule, parallel.pipeline, micro_batches, parallel.stages_per_rank)
     check(schedule)
     return schedule
 
@@ -38,10 +33,7 @@ def make_pipeline(
     """This rank's part of `model`, which is taken apart; all ranks call it. Raises UsageError."""
     schedule = schedule_of(job, micro_batches)
     chain = chain_of(model)
-    if isinstance(job.parallel.partition, tuple):
-        counts = given(job.parallel.partition, len(chain.layers), schedule.stages)
-    else:
-        counts = balanced(parameters_of(model, chain), schedule.stages)
+    counts = partition(job.parallel.partition, parameters_of(model, chain), schedule.stages)
     return Pipeline(model, comm, dims, schedule, counts)
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.pipeline.cuts import Chain
+from dstrain.runtime.pipeline.holding import ending_stage, tied_ranks
 from dstrain.runtime.spec.errors import UsageError
-from dstrain.runtime.spec.schedule import Action, Kind, Schedule
+from dstrain.runtime.spec.schedule import Schedule, endings
 
 
 class Elsewhere(nn.Module):
@@ -60,9 +61,8 @@ class ModelPart:
     ) -> None:
         """layers: of each stage. pipeline_rank: this one. Takes the model apart."""
         self.model, self.chain, self.layers = model, chain, list(layers)
-        rank_of = schedule.rank_of
         self.own = own = schedule.stages_on(pipeline_rank)
-        self._ended = endings(schedule.ranks[pipeline_rank])
+        self._ended = list(endings(schedule.ranks[pipeline_rank]))
         self._received = _Received()
         modules = dict(model.named_modules())
         stage_of = {
@@ -79,9 +79,8 @@ class ModelPart:
         everything = model.state_dict(keep_vars=True)
         first = {id(tensor): name for name, tensor in reversed(everything.items())}
         self.aliases = {name: first[id(tensor)] for name, tensor in everything.items() if first[id(tensor)] != name}
-        tied = {names[parameter]: sorted({rank_of[stage] for stage in stages}) for parameter, stages in holders.items()}
-        self.tied_ranks = {name: ranks for name, ranks in tied.items() if len(ranks) > 1}
         self._stages_of = {names[parameter]: sorted(stages) for parameter, stages in holders.items()}
+        self.tied_ranks = tied_ranks(self._stages_of, schedule.rank_of)
         self._places: dict[str, tuple[nn.Module, str, nn.Module, nn.Module]] = {}
         mine = set(own)
         for name, stage in stage_of.items():
@@ -104,7 +103,7 @@ class ModelPart:
 
     def stage_of(self, name: str) -> int:
         """Which of this rank's stages gives the last part of a parameter's gradient in a step."""
-        return next(stage for stage in reversed(self._ended) if stage in self._stages_of[name])
+        return ending_stage(self._stages_of[name], self._ended)
 
     def parameters_of(self, stage: int) -> list[nn.Parameter]:
         """What a stage of this rank has."""
@@ -142,16 +141,6 @@ class ModelPart:
                 self._received.value = value
                 return forward(*args, **words)
             return forward(value)
-
-
-def endings(row: Sequence[Action]) -> dict[int, Action]:
-    """The last action of each stage that gives gradients of parameters, in the order of a rank's row."""
-    found: dict[int, Action] = {}
-    for action in row:
-        if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT):
-            found.pop(action.stage, None)
-            found[action.stage] = action
-    return found
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:

@@ -8,6 +8,11 @@ from itertools import pairwise
 from dstrain.runtime.spec.errors import UsageError
 
 
+def partition(wished: str | Sequence[int], costs: Sequence[float], stages: int) -> list[int]:
+    """Layers of each stage. wished: the numbers, or how `costs`, one for each layer, were found. Raises UsageError."""
+    return balanced(costs, stages) if isinstance(wished, str) else given(wished, len(costs), stages)
+
+
 def balanced(costs: Sequence[float], stages: int) -> list[int]:
     """Cut layers of these costs into `stages` runs of neighbours, none empty, so that the dearest run is as cheap as
     possible, and among those ways one whose runs differ least; returns the layers of each stage.

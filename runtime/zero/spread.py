@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.gradients import GradientBucket, GradientReducer, OwnGradients, ReplicatedGradients, sum_dtype
 from dstrain.runtime.pipeline.gradients import StagedGradients
+from dstrain.runtime.pipeline.holding import sections_of
 from dstrain.runtime.pipeline.part import ModelPart
 from dstrain.runtime.precision import DTYPES, MasterWeights, cast_buffers, cast_parameters, parameter_dtype
 from dstrain.runtime.spec.errors import UsageError
@@ -170,13 +171,7 @@ def _sections(part: ModelPart | None) -> list[frozenset[str]]:
     if part is None:
         return []
     names = [name for name, _ in part.model.named_parameters()]
-    stages = [
-        frozenset(name for name in names if name not in part.tied_ranks and part.stage_of(name) == stage)
-        for stage in part.own
-    ]
-    return [
-        section for section in [*stages, *(frozenset([name]) for name in names if name in part.tied_ranks)] if section
-    ]
+    return sections_of(names, part.own, part.tied_ranks, part.stage_of)
 
 
 def needs_whole_tensors(

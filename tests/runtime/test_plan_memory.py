@@ -57,7 +57,7 @@ def job(zero: dict[str, Any], dtype: str, optimizer: str, accumulation: int) -> 
 def planned(zero: dict[str, Any], dtype: str, optimizer: str, accumulation: int, ranks: int) -> Memory:
     config = job(zero, dtype, optimizer, accumulation)
     shapes = shapes_of(dtype)
-    whole = parts_of(shapes, [len(shapes.layers)], (0,))[0]
+    whole = parts_of(shapes, [len(shapes.layers)], (0,), [(0,)])[0]
     dims = parallel_dims(ranks, zero["stage"])
     return StateMemory(config, shapes).of(whole, dims, config.zero, accumulation)
 
@@ -186,7 +186,7 @@ def test_units_are_the_runtimes_own(run_ranks: RunRanks, stage: int, whole: bool
     found = run_ranks(3, work)
     config = job(zero, "fp32", optimizer, 1)
     shapes = shapes_of("fp32")
-    part = parts_of(shapes, [len(shapes.layers)], (0,))[0]
+    part = parts_of(shapes, [len(shapes.layers)], (0,), [(0,)])[0]
     units = StateMemory(config, shapes).units(part, parallel_dims(3, stage), config.zero)
     fullest = max(found, key=lambda sizes: sum(own for _, own in sizes))
     assert sorted((unit.size, unit.own) for unit in units) == fullest
@@ -250,7 +250,9 @@ def test_the_gpts_parameters_are_those_of_the_formulas(size: str) -> None:
 def parts(stages: int) -> list[Part]:
     shapes = shapes_of("fp32")
     counts = [len(shapes.layers) // stages] * (stages - 1)
-    return parts_of(shapes, [*counts, len(shapes.layers) - sum(counts)], tuple(range(stages)))
+    return parts_of(
+        shapes, [*counts, len(shapes.layers) - sum(counts)], range(stages), [(stage,) for stage in range(stages)]
+    )
 
 
 def test_a_tied_embedding_is_on_the_first_and_the_last_rank() -> None:

@@ -1,6 +1,6 @@
 """Pipeline schedules as data: built, read, proved, simulated and drawn without torch.
 
-    make_schedule(name, …), read_csv(path, …)   a Schedule: for each rank its Actions in order
+    make_schedule(name, …), read_csv(path, …)   a Schedule: for each rank its Actions in order; find_schedule: either
     check(schedule)                             each action once, in an order that ends
     simulate(schedule, costs)                   a Timeline: spans, makespan, bubble, activations in flight
     draw_text(timeline), draw_svg(timeline)
@@ -9,9 +9,9 @@ Standard library only.
 """
 
 from dstrain.runtime.spec.schedule.action import Action, Kind
-from dstrain.runtime.spec.schedule.catalog import SCHEDULE_NAMES, make_schedule
+from dstrain.runtime.spec.schedule.catalog import SCHEDULE_NAMES, find_schedule, make_schedule
 from dstrain.runtime.spec.schedule.csv_file import read_csv, write_csv
-from dstrain.runtime.spec.schedule.plan import Schedule
+from dstrain.runtime.spec.schedule.plan import Schedule, endings
 from dstrain.runtime.spec.schedule.simulator import UNIT, Costs, Span, Timeline, simulate
 from dstrain.runtime.spec.schedule.svg_drawing import draw_svg
 from dstrain.runtime.spec.schedule.text_drawing import draw_text
@@ -29,6 +29,8 @@ __all__ = [
     "check",
     "draw_svg",
     "draw_text",
+    "endings",
+    "find_schedule",
     "make_schedule",
     "read_csv",
     "simulate",

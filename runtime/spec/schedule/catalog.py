@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.schedule import orders, zero_bubble
+from dstrain.runtime.spec.schedule.csv_file import read_csv
 from dstrain.runtime.spec.schedule.plan import Schedule
 
 
@@ -51,3 +53,10 @@ def make_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: in
         fix = "interleaved_1f1b takes 2 or more, zb_v takes 2, the others 1"
         raise UsageError.mismatch(where, str(builder), str(per_rank), fix)
     return builder.make(ranks, micro_batches, per_rank)
+
+
+def find_schedule(wished: str | Path, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> Schedule:
+    """What `parallel.schedule` says: a name, or a user's own file, which is checked. Raises UsageError."""
+    if isinstance(wished, Path):
+        return read_csv(wished, ranks, micro_batches)
+    return make_schedule(wished, ranks, micro_batches, stages_per_rank)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dstrain.runtime.spec.schedule.action import Action
+from dstrain.runtime.spec.schedule.action import Action, Kind
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,13 @@ def in_a_v(ranks: int) -> tuple[int, ...]:
 def schedule_of(name: str, micro_batches: int, rows: Sequence[Sequence[Action]], rank_of: tuple[int, ...]) -> Schedule:
     """A builder's rows as a schedule."""
     return Schedule(name, len(rank_of), micro_batches, tuple(map(tuple, rows)), rank_of)
+
+
+def endings(row: Sequence[Action]) -> dict[int, Action]:
+    """The last action of each stage that gives gradients of parameters, in the order of a rank's row."""
+    found: dict[int, Action] = {}
+    for action in row:
+        if action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT):
+            found.pop(action.stage, None)
+            found[action.stage] = action
+    return found

@@ -17,7 +17,7 @@ from dstrain.runtime.spec.gpt_shapes import gpt_shapes
 from dstrain.runtime.spec.model_shapes import ModelShapes
 
 MODULE = "dstrain.runtime.pipeline.shapes"
-FORMAT = 1
+FORMAT = 2
 """Of a cached file: raised with every change of what stands in it, or of how it is found."""
 TIMEOUT_S = 300.0
 """Importing torch and transformers from a cold network disk takes a minute."""
@@ -35,7 +35,8 @@ def find_shapes(job: JobConfig) -> ModelShapes:
     else:
         shapes = _cached(job)
     if precision.autocast:
-        shapes = replace(shapes, unknown=(*shapes.unknown, "activations under autocast (counted as in fp32)"))
+        unknown = (*shapes.unknown, "activations under autocast (counted as in fp32)")
+        shapes = replace(shapes, unknown=unknown)
     return shapes
 
 

@@ -10,7 +10,7 @@
                  several micro-batches are added up locally, a buffer for each unit (runtime/zero/gradients.py)
     activations  what forwards keep for backwards, of as many micro-batches as the schedule has in flight; of a block
                  that is recomputed its input, and all of one such block (`activations.py`)
-    messages     what a pipeline stage has room for before it comes (runtime/pipeline/executor.py)
+    messages     what a pipeline stage has room for before it comes, and has sent last (runtime/pipeline/messages.py)
 What an operation needs while it runs, the GPU's context and the allocator's gaps are not tensors: HEADROOM is for them.
 """
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from dstrain.launcher.planning.activations import Kept, kept_by, peak_bytes, recomputed
+from dstrain.launcher.planning.activations import Kept, kept_by, message_bytes, peak_bytes, recomputed
 from dstrain.launcher.planning.cluster import Cluster, Node
 from dstrain.launcher.planning.costs import GivenCosts, StageCosts, apply_given, estimated
 from dstrain.launcher.planning.layout import WINDOW, Layout, ended, enough, known_schedule, rank_of
@@ -36,8 +36,6 @@ from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.model_shapes import ModelShapes
 from dstrain.runtime.spec.schedule import Schedule, Timeline, simulate
 
-AHEAD = 2
-"""Messages that have room before their turn: as runtime/pipeline/executor.py has it."""
 SPLIT = ("zb_h1", "zb_v")
 """Schedules with weights' gradients apart."""
 
@@ -164,7 +162,7 @@ class Planner:
             replace(
                 self.state.of(part, layout.dims, layout.zero, layout.micro_batches),
                 activations=round(self._activations(layout, part, schedule, rank)),
-                messages=round(_messages(part, boundaries, schedule.rank_of)),
+                messages=round(message_bytes(schedule.ranks[rank], schedule.rank_of, boundaries)),
             )
             for rank, part in enumerate(parts)
         )
@@ -196,9 +194,8 @@ class Planner:
 
     def _activations(self, layout: Layout, part: Part, schedule: Schedule, rank: int) -> float:
         kept = self._kept_of(part)
-        held = {stage: layout.micro * one.held for stage, one in kept.items()}
-        peak, whole = peak_bytes(schedule.ranks[rank], held), sum(held.values())
-        simulated = schedule.micro_batches
+        peak = peak_bytes(schedule.ranks[rank], kept, layout.micro)
+        whole, simulated = layout.micro * sum(one.held for one in kept.values()), schedule.micro_batches
         if simulated < layout.micro_batches and peak >= simulated * whole:  # all at once, however many there are
             peak = layout.micro_batches * whole
         return peak + layout.micro * max(one.again for one in kept.values())
@@ -216,17 +213,6 @@ class Planner:
 def room(node: Node) -> float:
     """Bytes that a plan may fill on each rank of a host."""
     return node.memory_bytes * (1 - HEADROOM)
-
-
-def _messages(part: Part, boundaries: Sequence[float], holders: Sequence[int]) -> float:
-    """Room for what comes from other ranks, in both directions."""
-    total = 0.0
-    for stage in part.stages:
-        if stage and holders[stage - 1] != holders[stage]:
-            total += AHEAD * boundaries[stage - 1]
-        if stage < len(boundaries) and holders[stage + 1] != holders[stage]:
-            total += AHEAD * boundaries[stage]
-    return total
 
 
 def _exposed_s(layout: Layout, flows: Sequence[Flow], costs: StageCosts, parts: Sequence[Part]) -> float:

@@ -67,6 +67,8 @@ def shapes_of(job: JobConfig) -> ModelShapes:
             output_bytes=record.output / SAMPLES,
             weight_flops=record.weight_flops / SAMPLES,
             other_flops=record.other_flops / SAMPLES,
+            left_bytes=record.left / SAMPLES,
+            ready_bytes=record.ready,
         )
         for layer, record in zip(layers, records, strict=True)
     ]
@@ -81,6 +83,7 @@ class _Record:
     def __init__(self) -> None:
         self.saved = self.input = self.output = 0
         self.weight_flops = self.other_flops = 0
+        self.left = self.ready = 0
 
 
 def _name(config: ModelConfig, model: nn.Module) -> str:
@@ -128,6 +131,7 @@ def _run(model: nn.Module, job: JobConfig, layers: Sequence[Layer], records: Seq
             modules[name].register_forward_pre_hook(lambda *_, number=number: watch.enter(number))
         first.register_forward_pre_hook(lambda _, args, record=records[number]: _note(record, "input", args, own))
         last.register_forward_hook(lambda _, __, output, record=records[number]: _note(record, "output", output))
+    _note_split(model, layers, records, watch)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -151,6 +155,26 @@ def _note(record: _Record, key: str, tensors: Any, own: Set[int] = frozenset()) 
     found = [leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor) and _storage(leaf) not in own]
     size = sum(tensor.numel() * tensor.element_size() for tensor in found)
     setattr(record, key, getattr(record, key) or size)
+
+
+def _note_split(model: nn.Module, layers: Sequence[Layer], records: Sequence[_Record], watch: _Watch) -> None:
+    """What a split backward leaves (runtime/pipeline/split_backward.py), from linear layers' forwards on."""
+    modules = dict(model.named_modules())
+    seen: dict[int, Tensor] = {}
+
+    def note(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        if _storage(given[0]) not in seen:  # which several layers may share
+            seen[_storage(given[0])] = given[0]
+            watch.record.left += given[0].numel() * given[0].element_size()
+        watch.record.left += output.numel() * output.element_size()
+
+    for module in modules.values():
+        if type(module) is nn.Linear:
+            module.register_forward_hook(note)
+    for layer, record in zip(layers, records, strict=True):
+        inside = [module for name in layer.modules for module in modules[name].modules()]
+        others = {p for one in inside if type(one) is not nn.Linear for p in one.parameters(recurse=False)}
+        record.ready = sum(p.numel() * p.element_size() for p in others if p.requires_grad)
 
 
 def _batch(model: nn.Module, job: JobConfig) -> Any:

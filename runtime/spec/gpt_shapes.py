@@ -6,6 +6,10 @@ values as they were (3), queries and keys turned (2), what attention has mixed (
 (1), both sides of the GELU (8): 19.
 Besides, in fp32, each norm's mean and deviation, and attention's sum for each head. Scores are never kept: attention
 computes them again, block by block (Dao et al. 2022).
+
+[Note: what is left]
+Of a block whose backward is split: the inputs of its four matrices (1 + 1 + 1 + 4), and the gradients of what came out
+of them (3 + 1 + 4 + 1): 16 in the same units.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from dstrain.runtime.spec.model_shapes import LayerShape, ModelShapes, Parameter
 
 KEPT_OF_A_BLOCK = 19
 """[Note: what a block keeps]"""
+LEFT_OF_A_BLOCK = 16
+"""[Note: what is left]"""
 
 
 def gpt_shapes(config: GPTConfig, sequence_length: int, item_bytes: int) -> ModelShapes:
@@ -22,7 +28,8 @@ def gpt_shapes(config: GPTConfig, sequence_length: int, item_bytes: int) -> Mode
     width, length = config.width, sequence_length
     stream = float(length * width * item_bytes)
     parameters = [ParameterShape("token.weight", (config.vocabulary, width))]
-    layers = [LayerShape("token", ("token.weight",), 8.0 * length, 8.0 * length, stream, 0.0)]
+    table = float(config.vocabulary * width * item_bytes)
+    layers = [LayerShape("token", ("token.weight",), 8.0 * length, 8.0 * length, stream, 0.0, ready_bytes=table)]
     for number in range(config.layers):
         own = _parameters_of_block(f"blocks.{number}", width)
         parameters += own
@@ -35,6 +42,8 @@ def gpt_shapes(config: GPTConfig, sequence_length: int, item_bytes: int) -> Mode
         input_bytes=stream,
         output_bytes=4.0,
         weight_flops=2.0 * length * width * config.vocabulary,
+        left_bytes=stream + config.vocabulary * length * item_bytes,
+        ready_bytes=2.0 * width * item_bytes,
     )
     blocks = tuple(f"blocks.{number}" for number in range(config.layers))
     return ModelShapes("gpt", tuple(parameters), (*layers, head), blocks)
@@ -70,4 +79,6 @@ def _block(config: GPTConfig, name: str, parameters: tuple[str, ...], length: in
         output_bytes=stream,
         weight_flops=2.0 * length * 12 * width * width,
         other_flops=4.0 * length * length * width,
+        left_bytes=LEFT_OF_A_BLOCK * stream,
+        ready_bytes=4.0 * width * item_bytes,
     )

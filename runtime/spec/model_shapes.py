@@ -36,6 +36,8 @@ class LayerShape:
     input_bytes: what a layer keeps that computes again. output_bytes: sent to the next layer.
     weight_flops: products with parameters, whose gradients take as much again for each of weights and inputs.
     other_flops: products of activations (attention), whose gradients take twice as much.
+    left_bytes: what a split backward leaves for the weights' turn: inputs of linear layers, and gradients of their
+    outputs. ready_bytes: gradients of all other parameters, which it makes at once and keeps; however many samples.
     """
 
     name: str
@@ -45,6 +47,8 @@ class LayerShape:
     output_bytes: float
     weight_flops: float
     other_flops: float = 0.0
+    left_bytes: float = 0.0
+    ready_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

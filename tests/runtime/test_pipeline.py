@@ -255,3 +255,20 @@ def pairs(micro: int, generator: torch.Generator) -> Any:
 def test_several_tensors_and_gradients_that_are_not_there(run_ranks: RunRanks) -> None:
     training = Training(model=sequence, task=lambda: SampleTask("pipeline_lab:difference"), batch=pairs)
     assert_same(run_ranks(2, pipelined("1f1b", 2, 1, training)), training)
+
+
+def test_blocks_of_a_stage_are_units_of_their_own(run_ranks: RunRanks) -> None:
+    """What lies elsewhere does not hide that the rest are blocks, which stage 3 gathers one by one."""
+
+    def work(_: int) -> list[list[str]]:
+        with Communicator.connect() as comm:
+            engine = engine_of(comm, Training(), "1f1b", 2, 3, None)
+            return [[entry.name for entry in unit.plan.entries] for unit in engine.weights.units]
+
+    for rank, units in enumerate(run_ranks(2, work)):
+        blocks = {name.split(".")[1] for unit in units for name in unit if name.startswith("blocks.")}
+        assert len(blocks) > 1, rank
+        for unit in units:
+            inside = {name.split(".")[1] for name in unit if name.startswith("blocks.")}
+            assert len(inside) < 2, f"rank {rank}: one unit with {inside}"
+            assert not inside or all(name.startswith("blocks.") for name in unit)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dstrain.runtime.elsewhere import Elsewhere
 from dstrain.runtime.spec.errors import UsageError
 
 _KEY = "train.activation_checkpointing"
@@ -38,7 +39,7 @@ def blocks_of(model: nn.Module) -> list[str]:
     """Names of the repeated blocks: the children of the longest nn.ModuleList or nn.Sequential that holds modules
     of one class, and of all others that hold that class (encoder and decoder; the stages of a ResNet)."""
     lists = {
-        name: dict(module.named_children())
+        name: {child: inner for child, inner in module.named_children() if not isinstance(inner, Elsewhere)}
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
     }
@@ -56,7 +57,9 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 def _are_blocks(children: list[nn.Module]) -> bool:
     """Whether all are of one class, which is no single layer."""
-    return len({type(child) for child in children}) == 1 and any(True for _ in children[0].children())
+    return (
+        bool(children) and len({type(child) for child in children}) == 1 and any(True for _ in children[0].children())
+    )
 
 
 def _every(blocks: list[str], spec: Literal["all"] | int, modules: dict[str, nn.Module]) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,16 +22,36 @@ from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.trackers import open_trackers
 
 
+class ModelSize(NamedTuple):
+    """Of the whole model. flops_per_token: of forward and backward; None where it is not known."""
+
+    parameters: int
+    flops_per_token: float | None
+
+    @classmethod
+    def of(cls, model: nn.Module, job: JobConfig, sequence_length: int | None) -> ModelSize:
+        """sequence_length: of what is counted in tokens."""
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return cls(parameters, None if sequence_length is None else flops_per_token(model, job, sequence_length))
+
+
 class Reporter:
     """Of one rank; only rank 0 speaks and feeds trackers. unit: of what the loss counts (tokens, samples)."""
 
     def __init__(
-        self, job: JobConfig, comm: Communicator, events: EventWriter, engine: Engine, data: str, unit: str
+        self,
+        job: JobConfig,
+        comm: Communicator,
+        events: EventWriter,
+        engine: Engine,
+        size: ModelSize,
+        data: str,
+        unit: str,
     ) -> None:
         assert job.train.steps is not None
         self._job, self._comm, self._events, self._engine = job, comm, events, engine
         self._steps, self._data, self._unit = job.train.steps, data, unit
-        self._flops_per_token: float | None = None
+        self._size = size
         self._peak_tflops = job.log.peak_tflops
         if self._peak_tflops is None and comm.device.type == "cuda":
             self._peak_tflops = metrics.peak_tflops(torch.cuda.get_device_name(comm.device), job.precision.dtype)
@@ -42,9 +63,6 @@ class Reporter:
 
     def start(self, sequence_length: int | None) -> None:
         """Before the first step: what is trained, on what."""
-        parameters = sum(parameter.numel() for parameter in self._engine.module.parameters())
-        if self._unit == "tokens" and sequence_length is not None:
-            self._flops_per_token = flops_per_token(self._engine.module, self._job, sequence_length)
         batch = self._job.batch
         assert batch is not None
         accumulation = self._engine.config.accumulation
@@ -52,17 +70,19 @@ class Reporter:
             "start",
             world_size=self._comm.world_size,
             device=str(self._comm.device),
-            parameters=parameters,
+            parameters=self._size.parameters,
             accumulation=accumulation,
             data=self._data,
             unit=self._unit,
         )
         samples = f" of {sequence_length} tokens" if self._unit == "tokens" else ""
         self.say(
-            f"{self._job.name}: {parameters / 1e6:.2f} M parameters, {self._data}, {self._comm.world_size} "
+            f"{self._job.name}: {self._size.parameters / 1e6:.2f} M parameters, {self._data}, {self._comm.world_size} "
             f"{'rank' if self._comm.world_size == 1 else 'ranks'} × {accumulation} × {batch.micro} "
             f"samples{samples} on {self._comm.device.type}, {self._job.precision.dtype}"
         )
+        if self._engine.pipeline is not None:
+            self.say(self._engine.pipeline.describe())
         if layout := self._engine.weights.describe():
             self.say(layout)
         self._began, self._first_step = time.perf_counter(), self._engine.global_step
@@ -183,10 +203,10 @@ class Reporter:
         self._trackers.close()
 
     def _mfu(self, tokens_per_s: float) -> float | None:
-        if self._flops_per_token is None or self._peak_tflops is None:
+        if self._size.flops_per_token is None or self._peak_tflops is None:
             return None
         ranks = self._comm.world_size
-        return metrics.model_flops_utilization(tokens_per_s, ranks, self._flops_per_token, self._peak_tflops)
+        return metrics.model_flops_utilization(tokens_per_s, ranks, self._size.flops_per_token, self._peak_tflops)
 
 
 def _weight(module: nn.Module) -> object:

@@ -47,7 +47,7 @@ from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.pipeline.feed import ValidationFeed
 from dstrain.runtime.pipeline.making import dims_of, make_pipeline
 from dstrain.runtime.pipeline.pipeline import Pipeline
-from dstrain.runtime.reporting import Reporter
+from dstrain.runtime.reporting import ModelSize, Reporter
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import (
     CheckpointError,
@@ -98,13 +98,26 @@ class Trainer:
         seed_all(job.train.seed + 1 + comm.rank)  # what is random in training differs between ranks
         if job.train.activation_checkpointing is not None:
             checkpoint_activations(model, job.train.activation_checkpointing)
-        pipeline = make_pipeline(job, model, comm, dims, self.accumulation) if dims.pipeline > 1 else None
         self.sequence_length = job.data.sequence_length or context_of(model, job.model)
         self.data = open_data(job.data, self.sequence_length, comm)
         _check_vocabulary(job, self.data.vocabulary, vocabulary_of(model, job.model))
         if job.train.eval_every and self.data.validation is None:
             fix = "let data.factory return a pair (training, validation), or leave the key out"
             raise UsageError.mismatch("train.eval_every", "data to validate on", "none", fix)
+        self.checkpoints = folder_of_job(job)
+        self.task = task_of(self.data.training.batch(range(1)), job.train.loss)
+        size = ModelSize.of(model, job, self.sequence_length if self.task.unit == "tokens" else None)
+        pipeline = None
+        if dims.pipeline > 1:
+            pipeline = make_pipeline(
+                job,
+                model,
+                comm,
+                dims,
+                self.accumulation,
+                lambda: self.data.training.batch(self.layout.samples(0, 0)),
+                self.checkpoints,
+            )
         self.engine = Engine(
             model,
             comm,
@@ -114,9 +127,7 @@ class Trainer:
             fill,
             pipeline,
         )
-        self.task = task_of(self.data.training.batch(range(1)), job.train.loss)
-        self.report = Reporter(job, comm, events, self.engine, self.data.description, self.task.unit)
-        self.checkpoints = folder_of_job(job)
+        self.report = Reporter(job, comm, events, self.engine, size, self.data.description, self.task.unit)
         self.saved_at = time.monotonic()
         self.unsaved = ""  # why the last save has failed
         self.has_reserved = False

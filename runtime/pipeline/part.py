@@ -16,17 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dstrain.runtime.elsewhere import Elsewhere
 from dstrain.runtime.pipeline.cuts import Chain
 from dstrain.runtime.pipeline.holding import ending_stage, tied_ranks
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.schedule import Schedule, endings
-
-
-class Elsewhere(nn.Module):
-    """A layer that another stage has. [Note: elsewhere]"""
-
-    def forward(self, given: Any = None, *_: Any, **__: Any) -> Any:
-        return given
 
 
 class _Zero(nn.Module):

@@ -27,10 +27,17 @@ class Pipeline:
     the model, part by part."""
 
     def __init__(
-        self, model: nn.Module, comm: Communicator, dims: ParallelDims, schedule: Schedule, counts: Sequence[int]
+        self,
+        model: nn.Module,
+        comm: Communicator,
+        dims: ParallelDims,
+        schedule: Schedule,
+        counts: Sequence[int],
+        seconds: Sequence[float] = (),
     ) -> None:
-        """counts: layers of each stage. Takes the model apart; all ranks call it."""
-        self.dims, self.schedule, self.counts = dims, schedule, list(counts)
+        """counts: layers of each stage. seconds: of each layer, where they were measured. Takes the model apart; all
+        ranks call it."""
+        self.dims, self.schedule, self.counts, self._seconds = dims, schedule, list(counts), list(seconds)
         self.place = dims.pipeline_rank(comm.rank)
         self.part = ModelPart(model, chain_of(model), bounds(counts), schedule, self.place)
         self.data = comm.part([dims.data_ranks(place) for place in range(dims.pipeline)])
@@ -40,6 +47,18 @@ class Pipeline:
         self._comm, self._columns = comm, columns
         self._boundaries = [self._boundary(stage) for stage in range(schedule.stages - 1)]
         self._executor: Executor | None = None
+
+    def describe(self) -> str:
+        """One line for people."""
+        of_stages = " + ".join(map(str, self.counts))
+        times = ""
+        if self._seconds:
+            stages = [sum(self._seconds[place] for place in places) for places in bounds(self.counts)]
+            times = f", by {' + '.join(f'{1000 * taken:.1f}' for taken in stages)} ms"
+        return (
+            f"pipeline: {self.dims}, {self.schedule.name}, {self.schedule.micro_batches} micro-batches, "
+            f"{of_stages} layers{times}"
+        )
 
     @property
     def is_last(self) -> bool:

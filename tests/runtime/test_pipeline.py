@@ -29,7 +29,7 @@ from dstrain.runtime.task import LanguageTask, SampleTask, Task
 RunRanks = Callable[..., list[Any]]
 
 SIZES = GPTConfig(layers=6, width=20, heads=2, context=8, vocabulary=37)  # nothing divides by the ranks
-MICRO_BATCHES, ROWS, STEPS = 4, 2, 3
+MICRO_BATCHES, ROWS, STEPS = 4, 2, 10
 ADAM = OptimizerConfig(lr=1e-3, eps=1e-6)
 
 # As in zero_oracle.py: sums in another order, divided by Adam.
@@ -255,3 +255,22 @@ def pairs(micro: int, generator: torch.Generator) -> Any:
 def test_several_tensors_and_gradients_that_are_not_there(run_ranks: RunRanks) -> None:
     training = Training(model=sequence, task=lambda: SampleTask("pipeline_lab:difference"), batch=pairs)
     assert_same(run_ranks(2, pipelined("1f1b", 2, 1, training)), training)
+
+
+def test_blocks_of_a_stage_are_units_of_their_own(run_ranks: RunRanks) -> None:
+    """What lies elsewhere does not hide that the rest are blocks, which stage 3 gathers one by one."""
+
+    def work(_: int) -> list[list[str]]:
+        with Communicator.connect() as comm:
+            engine = engine_of(comm, Training(), "1f1b", 2, 3, None)
+            return [[entry.name for entry in unit.plan.entries] for unit in engine.weights.units]
+
+    for units in run_ranks(2, work):
+        places = {}
+        for number, unit in enumerate(units):
+            for name in unit:
+                places.setdefault(".".join(name.split(".")[:2]), set()).add(number)
+        blocks = {name: numbers for name, numbers in places.items() if name.startswith("blocks.")}
+        assert len(blocks) > 1
+        assert all(len(numbers) == 1 for numbers in blocks.values()), blocks
+        assert len(set().union(*blocks.values())) == len(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,33 @@ def test_a_job_trains_validates_and_goes_on_as_one_process(
     assert losses(again, "step", "loss") == pytest.approx(
         losses(alone, "step", "loss")[-len(losses(again, "step", "loss")) :], abs=1e-4
     )
+
+
+def test_layers_are_timed_once_for_a_job_that_goes_on(
+    run_ranks: RunRanks, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [*of(2, 3, "1f1b"), "--set", "parallel.partition=time", "--set", "train.activation_checkpointing=all"]
+    alone = trained(job, tmp_path / "alone", monkeypatch, "--set", f"checkpoint.dir={tmp_path / 'other'}")
+
+    def work(rank: int) -> list[dict[str, Any]]:
+        return trained(job, tmp_path / f"rank-{rank}", monkeypatch, *words)
+
+    for events in run_ranks(2, work):
+        assert losses(events, "step", "loss") == pytest.approx(losses(alone, "step", "loss"), abs=1e-4)
+        assert events[0]["parameters"] == alone[0]["parameters"]
+    kept = tmp_path / "checkpoints" / "layer-times.json"
+    found = json.loads(kept.read_text())
+    assert len(found["seconds"]) == 6
+    assert all(seconds > 0 for seconds in found["seconds"])
+    assert len(set(found["seconds"][1:5])) == 1, "blocks are alike"
+    capfd.readouterr()
+    kept.write_text(json.dumps({**found, "seconds": [1.0, 1.0, 1.0, 1.0, 1.0, 100.0]}))
+    words += ["--resume", "3"]
+    run_ranks(2, work)
+    assert "5 + 1 layers, by 5000.0 + 100000.0 ms" in capfd.readouterr().out
+    words += ["--set", "batch.micro=2"]  # another measurement
+    run_ranks(2, work)
+    assert "100000.0" not in capfd.readouterr().out
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def engine_of(config: JobConfig, comm: Communicator) -> Engine:
     model = GPT(config.gpt)
     if config.train.activation_checkpointing is not None:
         checkpoint_activations(model, config.train.activation_checkpointing)
-    pipeline = make_pipeline(config, model, comm, dims_of(config, comm.world_size), MICRO_BATCHES)
+    pipeline = make_pipeline(config, model, comm, dims_of(config, comm.world_size), MICRO_BATCHES, dict)
     engine_config = EngineConfig(
         zero=config.zero,
         parallel=config.parallel,

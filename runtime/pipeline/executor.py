@@ -160,7 +160,7 @@ class Executor:
         left, reducer = self._left.pop((action.stage, action.micro_batch)), self._reducers[action.stage]
         reducer.begin_backward(action in self._endings, counts=self._feed.counts(action.micro_batch))
         with torch.no_grad():
-            for parameter, gradient in left.compute():
+            for parameter, gradient in left.compute(self._parameters[action.stage]):
                 parameter.grad = gradient
                 if self._owner[parameter] == action.stage:
                     reducer.take(parameter)

@@ -34,17 +34,22 @@ class WeightGradients:
         self.products: list[_Product] = []
         self.ready: dict[Tensor, Tensor] = {}
 
-    def compute(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each parameter once, with its gradient."""
-        found = self.ready
+    def compute(self, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each of these parameters with its gradient, the last first, as a backward makes them: so buckets fill in
+        turn."""
+        found, self.ready = self.ready, {}
+        of_layer: dict[nn.Parameter, list[_Product]] = {}
         while self.products:
-            layer, given, output = self.products.pop()
-            given, output = given.reshape(-1, given.shape[-1]), output.reshape(-1, output.shape[-1])
-            if layer.weight.requires_grad:
-                _add(found, layer.weight, output.t() @ given)
-            if layer.bias is not None and layer.bias.requires_grad:
-                _add(found, layer.bias, output.sum(0))
-        yield from found.items()
+            product = self.products.pop()
+            for parameter in product.layer.parameters(recurse=False):
+                if parameter.requires_grad:
+                    of_layer.setdefault(parameter, []).append(product)
+        for parameter in reversed(parameters):
+            for layer, given, output in of_layer.pop(parameter, ()):
+                given, output = given.reshape(-1, given.shape[-1]), output.reshape(-1, output.shape[-1])
+                _add(found, parameter, output.t() @ given if parameter is layer.weight else output.sum(0))
+            if parameter in found:
+                yield parameter, found.pop(parameter)
 
 
 class Splitter:

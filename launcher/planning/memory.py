@@ -3,7 +3,8 @@
 [Note: what a rank holds]
     parameters   stages 0 to 2: whole, in flat units from stage 1 on; stage 3: shards, and small units whole
                  (runtime/zero/unit.py). Units are laid out and padded by the runtime's own `plan_unit`.
-    gradients    stage 0: of all parameters; else of this rank's shards (runtime/zero/gradients.py)
+    gradients    stage 0: of all parameters; else of this rank's shards (runtime/zero/gradients.py). Of one that several
+                 stages of the rank have, besides, what waits for the stage that ends it (runtime/pipeline/executor.py)
     optimizer    its state, the fp32 masters of bf16 and fp16 parameters, and the weights' average
     live         stage 3: the two slots that units are gathered into (runtime/zero/gatherer.py)
     buckets      stages 1 to 3: the pool of two buffers of the largest unit, for each pipeline stage; where gradients of
@@ -11,14 +12,15 @@
     activations  what forwards keep for backwards, of as many micro-batches as the schedule has in flight; of a block
                  that is recomputed its input, and all of one such block (`activations.py`)
     messages     what a pipeline stage has room for before it comes, and has sent last (runtime/pipeline/messages.py)
-What an operation needs while it runs, the GPU's context and the allocator's gaps are not tensors: HEADROOM is for them.
+HEADROOM is for the rest: what an operation needs while it runs, and a reduction while it is under way (a shard), the
+GPU's context, and the allocator's gaps.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -121,7 +123,8 @@ class StateMemory:
         key = part, zero, dims.data_shard, micro_batches > 1
         if key not in self._memory:
             found = self._replicated(part) if zero.stage == 0 else self._sharded(part, dims, zero, micro_batches)
-            self._memory[key] = found
+            waiting = sum(one.numel() * self._item(one) for one in part.shared)
+            self._memory[key] = replace(found, gradients=found.gradients + waiting)
         return self._memory[key]
 
     def sent(self, part: Part, dims: ParallelDims, zero: ZeroConfig) -> Sent:

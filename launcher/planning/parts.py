@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ class Part:
     sections: tuple[frozenset[str], ...]
     tied: Mapping[str, tuple[int, ...]]
     stage_of: Mapping[str, int]
+
+    @property
+    def shared(self) -> list[ParameterShape]:
+        """Trained ones that several stages of this rank have."""
+        counts = Counter(name for layers in self.layers for name in {n for layer in layers for n in layer.parameters})
+        return [one for name, one in self.trained if counts[name] > 1]
 
     @property
     def trained(self) -> list[Named]:

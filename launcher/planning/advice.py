@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dstrain.launcher.planning.memory import accumulates
 from dstrain.launcher.planning.planner import Plan, Planner, room
+from dstrain.launcher.planning.traffic import STAGES, TIED, Flow
 from dstrain.launcher.planning.units import gib, gigabytes, number, seconds
 
 MUCH_BUBBLE = 0.2
@@ -61,7 +62,7 @@ def _of_links(planner: Planner, plan: Plan) -> Iterator[str]:
         else:
             words = f"{gigabytes(flow.rank_bytes)} of {flow.name} a step from each rank inside of a host"
         share = f"{100 * waiting:.0f} % of a step ({seconds(plan.exposed_s)})"
-        yield f"{share} is waiting for links: {words}; {_less(plan)}"
+        yield f"{share} is waiting for links: {words}; {_less(plan, flow)}"
     messages = max(plan.costs.message, default=0.0)
     shortest = max(plan.costs.forward)
     if messages > shortest:
@@ -71,9 +72,13 @@ def _of_links(planner: Planner, plan: Plan) -> Iterator[str]:
         )
 
 
-def _less(plan: Plan) -> str:
+def _less(plan: Plan, flow: Flow) -> str:
     """How less would be sent."""
     layout = plan.layout
+    if flow.name == TIED:
+        return "parallel.schedule: zb_v has the first and the last stage on one rank"
+    if flow.name == STAGES:
+        return "fewer pipeline ranks, or stages_per_rank, send less"
     if accumulates(layout.zero) == "sharded" and layout.micro_batches > 1:
         return "zero.accumulate: local reduces once a step, a larger batch.micro less often"
     if layout.dims.pipeline == 1:

@@ -67,10 +67,16 @@ def zero_at(zero: ZeroConfig, stage: int) -> ZeroConfig:
     return zero.model_copy(update=changes)
 
 
-@lru_cache(maxsize=64)
 def known_schedule(schedule: str | Path, ranks: int, micro_batches: int, stages_per_rank: int | None) -> Schedule:
-    """The runtime's. Raises UsageError."""
-    return find_schedule(schedule, ranks, micro_batches, stages_per_rank)
+    """The runtime's; those with names are made once. Raises UsageError."""
+    if isinstance(schedule, Path):
+        return find_schedule(schedule, ranks, micro_batches)
+    return _named_schedule(schedule, ranks, micro_batches, stages_per_rank)
+
+
+@lru_cache(maxsize=64)
+def _named_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None) -> Schedule:
+    return find_schedule(name, ranks, micro_batches, stages_per_rank)
 
 
 def rank_of(layout: Layout) -> tuple[int, ...]:

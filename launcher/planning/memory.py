@@ -137,18 +137,21 @@ class StateMemory:
     def _find_sent(self, part: Part, dims: ParallelDims, zero: ZeroConfig) -> Sent:
         if zero.stage == 0:
             return Sent(sum(one.numel() * self.sum_bytes(one) for _, one in part.trained), 0, 0)
-        units = self.units(part, dims, zero)
-        return Sent(
-            sums=sum(unit.size * unit.sum_bytes for unit in units if unit.is_trained),
-            moving=sum(unit.size * unit.item_bytes for unit in units if is_moving(unit, zero)),
-            staying=sum(u.size * u.item_bytes for u in units if u.is_trained and not is_moving(u, zero)),
-        )
+        sums = moving = staying = 0
+        for unit, shapes, _ in self._planned(part, zero.stage == 3):
+            size = self._size_of(shapes, dims.data_shard)
+            sums += size * unit.sum_bytes if unit.is_trained else 0
+            if is_moving(size, zero):
+                moving += size * unit.item_bytes
+            elif unit.is_trained:
+                staying += size * unit.item_bytes
+        return Sent(sums, moving, staying)
 
     def _sharded(self, part: Part, dims: ParallelDims, zero: ZeroConfig, micro_batches: int) -> Memory:
         units = self.units(part, dims, zero)
         trained = [unit for unit in units if unit.is_trained]
-        moving = [unit for unit in units if is_moving(unit, zero)]
-        parameters = sum(unit.size * unit.item_bytes for unit in units if not is_moving(unit, zero))
+        moving = [unit for unit in units if is_moving(unit.size, zero)]
+        parameters = sum(unit.size * unit.item_bytes for unit in units if not is_moving(unit.size, zero))
         if zero.stage < 3:
             parameters += sum(self._item(one) * one.numel() for _, one in part.parameters if not one.requires_grad)
         shards = sum(unit.own * unit.item_bytes for unit in moving)
@@ -187,6 +190,9 @@ class StateMemory:
             for each, cut in zip(planned, cuts, strict=True)
         ]
 
+    def _size_of(self, shapes: tuple[tuple[int, ...], ...], shards: int) -> int:
+        return _cut_between_tensors(shapes, shards).size if self._whole_tensors else _size(shapes, shards)
+
     def sum_bytes(self, parameter: ParameterShape) -> int:
         """Of an element of its gradient, while it is summed."""
         is_usual = self._dtype_of(parameter) in ("float32", *LOW)
@@ -206,7 +212,7 @@ class StateMemory:
         offload = zero.offload
         with_masters = [unit for unit in trained if unit.is_low]
         if offload.optimizer:
-            with_masters = [u for u in trained if u.is_low or not (offload.parameters and is_moving(u, zero))]
+            with_masters = [u for u in trained if u.is_low or not (offload.parameters and is_moving(u.size, zero))]
         elements = sum(unit.own for unit in with_masters)
         elements += sum(unit.state for unit in trained)
         elements += sum(unit.own for unit in trained) if self._job.train.ema_decay else 0
@@ -255,9 +261,9 @@ def accumulates(zero: ZeroConfig) -> str:
     return zero.accumulate or ("local" if zero.stage < 2 else "sharded")
 
 
-def is_moving(unit: Unit, zero: ZeroConfig) -> bool:
-    """Whether a unit is gathered for each use, and freed."""
-    return zero.stage == 3 and zero.reshard != "step" and unit.size >= zero.resident_elements
+def is_moving(size: int, zero: ZeroConfig) -> bool:
+    """Whether a unit of so many elements is gathered for each use, and freed."""
+    return zero.stage == 3 and zero.reshard != "step" and size >= zero.resident_elements
 
 
 def optimizer_elements(config: OptimizerConfig, parameter: ParameterShape, in_block: bool) -> int:

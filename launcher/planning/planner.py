@@ -95,6 +95,7 @@ class Planner:
         self.job, self.shapes, self.cluster = job, shapes, cluster
         self.state = StateMemory(job, shapes)
         self.again = recomputed(shapes, job.train.activation_checkpointing)
+        self._counts: dict[tuple[int, str | tuple[int, ...]], list[int]] = {}
         self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._kept: dict[Part, dict[int, Kept]] = {}
 
@@ -107,8 +108,10 @@ class Planner:
         holders, ends = rank_of(layout), ended(layout)
         key = holders, ends, layout.partition
         if key not in self._parts:
-            counts = counts_of(self.shapes, len(holders), layout.partition)
-            self._parts[key] = tuple(parts_of(self.shapes, counts, holders, ends))
+            cut = len(holders), layout.partition
+            if cut not in self._counts:
+                self._counts[cut] = counts_of(self.shapes, *cut)
+            self._parts[key] = tuple(parts_of(self.shapes, self._counts[cut], holders, ends))
         return self._parts[key]
 
     def estimate(self, layout: Layout, given: GivenCosts | None = None) -> Estimate:
@@ -126,7 +129,8 @@ class Planner:
         """Raises UsageError where the layout is none of this model's."""
         estimate, parts, schedule = self.estimate(layout, given), self.parts(layout), self.schedule(layout)
         timeline = simulate(schedule, estimate.costs.for_simulator())
-        whole = [sum(estimate.costs.whole[stage] for stage in part.stages) for part in parts]
+        wholes = estimate.costs.whole
+        whole = [sum(wholes[stage] for stage in part.stages) for part in parts]
         makespan = timeline.makespan_s
         if schedule.micro_batches < layout.micro_batches:
             more = layout.micro_batches - schedule.micro_batches
@@ -142,7 +146,7 @@ class Planner:
             costs=estimate.costs,
             timeline=timeline,
             makespan_s=makespan,
-            bubble=1 - busy / (len(parts) * makespan) if makespan else 0.0,
+            bubble=max(0.0, 1 - busy / (len(parts) * makespan)) if makespan else 0.0,  # a rounding is no idle time
             exposed_s=estimate.exposed_s,
             fits=self.fits(layout, memory),
         )
@@ -218,8 +222,9 @@ def room(node: Node) -> float:
 def _exposed_s(layout: Layout, flows: Sequence[Flow], costs: StageCosts, parts: Sequence[Part]) -> float:
     """[Note: time]"""
     link_s = {flow.name: flow.link_s for flow in flows}
+    backwards = costs.backward
     forward = max(sum(costs.forward[stage] for stage in part.stages) for part in parts)
-    backward = max(sum(costs.backward[stage] for stage in part.stages) for part in parts)
+    backward = max(sum(backwards[stage] for stage in part.stages) for part in parts)
     times = layout.micro_batches
     gradients = link_s.get(REDUCTION, 0.0) + link_s.get(COPIES, 0.0)
     behind = backward * (times if accumulates(layout.zero) == "sharded" else 1)
@@ -241,10 +246,10 @@ def _least_s(layout: Layout, costs: StageCosts, parts: Sequence[Part]) -> float:
         there.append(way)
         back.append((back[-1] + back_costs[stage - 1] + costs.message[stage - 1]) if stage else 0.0)
         way += forward + (costs.message[stage] if stage < len(costs.message) else 0.0)
-    found = []
+    found, wholes = [], costs.whole
     for part in parts:
         first, times = min(part.stages), layout.micro_batches
-        whole = times * sum(costs.whole[stage] for stage in part.stages)
+        whole = times * sum(wholes[stage] for stage in part.stages)
         needed = times * sum(costs.forward[stage] + back_costs[stage] for stage in part.stages)
         found.append(there[first] + max(whole, needed + back[first]))
     return max(found)

@@ -77,7 +77,7 @@ def _flow(name: str, of_parts: Sequence[float], edges: Edges) -> Flow | None:
 def _tied(layout: Layout, parts: Sequence[Part], state: StateMemory, cluster: Cluster) -> Flow | None:
     dims = layout.dims
     ranks_of = {name: ranks for part in parts for name, ranks in part.tied.items()}
-    shapes = {name: one for part in parts for name, one in part.trained if name in ranks_of}
+    shapes = {name: one for part in parts if part.tied for name, one in part.trained if name in ranks_of}
     total = Flow(TIED, 0.0, 0.0, 0.0, 0.0, 0.0)
     for name, shape in shapes.items():
         ranks = ranks_of[name]

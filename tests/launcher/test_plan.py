@@ -254,6 +254,42 @@ def test_a_script_is_refused(folder: Path) -> None:
     assert "dstrain plan: expected a job.yaml, found train.py" in refused("train.py")
 
 
+PIPED = ["--set", "parallel.pipeline=2", "--set", "batch.global=2", "--set", "parallel.schedule=own.csv"]
+
+
+def test_a_users_own_schedule_is_planned(folder: Path) -> None:
+    """That of 1f1b, written by hand."""
+    Path("own.csv").write_text("0F0,0F1,0B0,,0B1\n1F0,1B0,1F1,1B1\n")
+    own = json.loads(plan("job.yaml", "--hosts", "a:2", *PIPED, "--json"))
+    assert own["layout"]["schedule"] == "own.csv"
+    named = json.loads(plan("job.yaml", "--hosts", "a:2", *PIPED, "--set", "parallel.schedule=1f1b", "--json"))
+    for key in ("bubble", "step_s", "flows", "pipeline_ranks"):
+        assert own[key] == named[key], key
+    assert "own.csv: 2 ranks, 2 stages, 2 micro-batches" in plan("job.yaml", "--hosts", "a:2", *PIPED)
+
+
+WRONG = [
+    ("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n", "found a deadlock: rank 0 at cell 1 (0B0) waits", "rank 1  >1F1<"),
+    ("0F0,0F1,0B0\n1F0,1B0,1F1,1B1\n", "rank 0, cell 3: expected 0B1", ">0B1?<"),
+    ("0F0,0F1,0B0,0B1\n", "expected 2 lines, found 1; one line for each pipeline rank", ""),
+    ("0F0,what\n1F0,1B0\n", "own.csv:1, column 2", ""),
+]
+
+
+@pytest.mark.parametrize(("rows", "message", "cell"), WRONG, ids=["deadlock", "incomplete", "lines", "words"])
+def test_a_schedule_that_cannot_run_is_refused_with_its_cell(folder: Path, rows: str, message: str, cell: str) -> None:
+    Path("own.csv").write_text(rows)
+    said = refused("job.yaml", "--hosts", "a:2", *PIPED)
+    assert message in said
+    assert cell in said
+
+
+def test_an_unknown_schedule_is_refused(folder: Path) -> None:
+    said = refused("job.yaml", "--hosts", "a:2", *PIPED, "--set", "parallel.schedule=zigzag")
+    assert "parallel.schedule: expected one of gpipe, 1f1b, " in said
+    assert "found zigzag (no such file)" in said
+
+
 # --- time and bytes --------------------------------------------------------------------------------------------
 
 
@@ -434,6 +470,20 @@ def test_a_small_model_stays_simple() -> None:
     """Nothing is gained by cutting or sharding it."""
     found = winner(job(), "a:2", node_link=("7200",)).layout
     assert (found.dims, found.zero.stage) == (ParallelDims(1, 2, 1), 0)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 7, 13, 30])
+@pytest.mark.parametrize("hosts", ["a:3", "a:2,b:4", "a:1"])
+def test_a_search_of_odd_numbers(hosts: str, micro_batches: int) -> None:
+    """What divides is tried, what does not is left out; no layout crashes, none has a bubble below 0."""
+    planner = planner_of(job(GPT | {"layers": 5}, batch={"global": micro_batches, "micro": 1}), hosts)
+    found = search(planner)
+    assert max(map(len, search_lines(planner, found))) <= WIDTH
+    for one in found.plans:
+        assert 0 <= one.bubble < 1
+        dims = one.layout.dims
+        assert one.layout.micro * one.layout.micro_batches * dims.data == micro_batches
+        assert dims.world_size == planner.cluster.world_size
 
 
 def test_the_search_misses_nothing() -> None:

@@ -58,5 +58,8 @@ def make_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: in
 def find_schedule(wished: str | Path, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> Schedule:
     """What `parallel.schedule` says: a name, or a user's own file, which is checked. Raises UsageError."""
     if isinstance(wished, Path):
+        if not wished.is_file():
+            expected = f"one of {', '.join(SCHEDULE_NAMES)}, or a CSV file"
+            raise UsageError.mismatch("parallel.schedule", expected, f"{wished} (no such file)")
         return read_csv(wished, ranks, micro_batches)
     return make_schedule(wished, ranks, micro_batches, stages_per_rank)

@@ -14,8 +14,10 @@ from dstrain.runtime.spec.schedule import Schedule, endings, find_schedule
 from dstrain.runtime.spec.schedule.plan import in_a_loop, in_a_v
 from dstrain.runtime.spec.training_config import OffloadConfig, ZeroConfig
 
-ROUNDS, WINDOW = 6, 2
+ROUNDS, FEWER_ROUNDS, WINDOW = 6, 4, 2
 """[Note: enough micro-batches] as many as these times the pipeline's ranks."""
+LONG = 16
+"""Ranks of a pipeline from which on fewer rounds are enough: they would take the simulator seconds."""
 WHOLE = 2048
 """[Note: enough micro-batches] stages × micro-batches: 50 ms in the simulator."""
 
@@ -93,12 +95,23 @@ def rank_of(layout: Layout) -> tuple[int, ...]:
 
 
 def ended(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """Of each rank, its stages in the order in which they end; where all start with the last one, that is known."""
-    holders, ranks = rank_of(layout), range(layout.dims.pipeline)
-    if layout.schedule == "zb_v" or isinstance(layout.schedule, Path):
-        made = known_schedule(layout.schedule, len(ranks), enough(layout), layout.stages_per_rank)
-        return tuple(tuple(endings(row)) for row in made.ranks)
-    return tuple(tuple(stage for stage in reversed(range(len(holders))) if holders[stage] == rank) for rank in ranks)
+    """Of each rank, its stages in the order in which they end."""
+    ranks, micro_batches = layout.dims.pipeline, enough(layout)
+    if isinstance(layout.schedule, Path):
+        return _ended(known_schedule(layout.schedule, ranks, micro_batches, None))
+    return _named_ended(layout.schedule, ranks, micro_batches, layout.stages_per_rank)
+
+
+@lru_cache(maxsize=4096)
+def _named_ended(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None) -> tuple[tuple[int, ...], ...]:
+    """As `ended`; where a rank has one stage, without its schedule."""
+    if name in ("interleaved_1f1b", "zb_v"):
+        return _ended(_named_schedule(name, ranks, micro_batches, stages_per_rank))
+    return tuple((rank,) for rank in range(ranks))
+
+
+def _ended(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(endings(row)) for row in schedule.ranks)
 
 
 def enough(layout: Layout) -> int:
@@ -109,7 +122,8 @@ def enough(layout: Layout) -> int:
     ranks, micro_batches = layout.dims.pipeline, layout.micro_batches
     if isinstance(layout.schedule, Path) or micro_batches * len(rank_of(layout)) <= WHOLE:
         return micro_batches
-    return min(micro_batches, ROUNDS * ranks + micro_batches % ranks)
+    rounds = ROUNDS if ranks < LONG else FEWER_ROUNDS
+    return min(micro_batches, rounds * ranks + micro_batches % ranks)
 
 
 def _micro_batches(batch: BatchConfig, dims: ParallelDims) -> int:

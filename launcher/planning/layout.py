@@ -118,12 +118,14 @@ def enough(layout: Layout) -> int:
     """[Note: enough micro-batches]
     A small schedule is simulated whole, and so is a user's own. Any other repeats itself once its pipeline is full:
     ROUNDS are simulated, the others take as long as the last WINDOW of these (interleaved, every other round may be
-    faster). The rest of a division by the ranks is kept: interleaving looks at it."""
+    faster). Interleaving spreads the rest of a division by the ranks over its groups; the largest is kept so large.
+    """
     ranks, micro_batches = layout.dims.pipeline, layout.micro_batches
     if isinstance(layout.schedule, Path) or micro_batches * len(rank_of(layout)) <= WHOLE:
         return micro_batches
     rounds = ROUNDS if ranks < LONG else FEWER_ROUNDS
-    return min(micro_batches, rounds * ranks + micro_batches % ranks)
+    groups, rest = divmod(micro_batches, ranks)
+    return min(micro_batches, rounds * ranks + min(rest, -(-rest // max(groups, 1)) * rounds))
 
 
 def _micro_batches(batch: BatchConfig, dims: ParallelDims) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from dstrain.launcher.planning.activations import Kept, kept_by, message_bytes, peak_bytes, recomputed
@@ -153,10 +154,22 @@ class Planner:
 
     def _one_more_s(self, layout: Layout, timeline: Timeline, costs: StageCosts) -> float:
         """What another micro-batch adds: computing, or waiting for messages, whichever is slower."""
-        window = WINDOW * layout.dims.pipeline
-        known = timeline.schedule.micro_batches
-        fewer = known_schedule(layout.schedule, layout.dims.pipeline, known - window, layout.stages_per_rank)
-        return (timeline.makespan_s - simulate(fewer, costs.for_simulator()).makespan_s) / window
+        ranks, known = layout.dims.pipeline, timeline.schedule.micro_batches
+        least, most = (
+            simulate(known_schedule(layout.schedule, ranks, count, layout.stages_per_rank), costs.for_simulator())
+            for count in (known - known % ranks - WINDOW * ranks, known - known % ranks)
+        )
+        return (most.makespan_s - least.makespan_s) / (WINDOW * ranks)
+
+    def sketch(self, plan: Plan, columns: int) -> Timeline:
+        """The schedule of as many micro-batches as can be told apart in so many columns, which are most often fewer."""
+        layout, ranks = plan.layout, plan.layout.dims.pipeline
+        per_rank = plan.schedule.stages // ranks
+        fewer = max(ranks, columns // (3 * per_rank))
+        if isinstance(layout.schedule, Path) or fewer >= plan.schedule.micro_batches:
+            return plan.timeline
+        short = known_schedule(layout.schedule, ranks, fewer, layout.stages_per_rank)
+        return simulate(short, plan.costs.for_simulator())
 
     def memory(self, layout: Layout) -> tuple[Memory, ...]:
         """Of each pipeline rank, at its peak."""

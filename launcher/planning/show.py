@@ -19,6 +19,8 @@ from dstrain.runtime.spec.schedule import draw_text
 WIDTH = 80
 ROWS = 12
 """Of a table: what is more is left out in its middle."""
+LABELS = 8
+"""Columns of a schedule's drawing that say whose a row is."""
 DRAWN_RANKS = 16
 """A schedule of more pipeline ranks is drawn only with --svg."""
 _COLUMNS = ("parameters", "gradients", "optimizer", "live", "buckets", "activations", "messages")
@@ -169,9 +171,10 @@ def _time(planner: Planner, plan: Plan) -> Iterator[str]:
         yield f"{len(plan.parts)} pipeline ranks: --svg FILE draws their schedule"
         return
     yield ""
-    if plan.schedule.micro_batches < plan.layout.micro_batches:
-        yield f"as {plan.schedule.micro_batches} micro-batches would be:"
-    yield from draw_text(plan.timeline, WIDTH).splitlines()
+    sketch = planner.sketch(plan, WIDTH - LABELS)
+    if sketch.schedule.micro_batches < plan.layout.micro_batches:
+        yield f"as {sketch.schedule.micro_batches} micro-batches would be (--svg FILE draws more of them):"
+    yield from draw_text(sketch, WIDTH).splitlines()
 
 
 def _foot(planner: Planner, plan: Plan) -> Iterator[str]:

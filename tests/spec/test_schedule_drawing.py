@@ -83,7 +83,14 @@ def test_svg_has_every_action_at_its_time(name: str) -> None:
 
 
 def test_svg_is_valid_for_any_name_and_leaves_out_numbers_without_room() -> None:
-    timeline = simulate(replace(make_schedule("1f1b", 2, 200), name='<a & "b">\x01.csv'))
+    timeline = simulate(replace(make_schedule("1f1b", 2, 2000), name='<a & "b">\x01.csv'))
     root = ElementTree.fromstring(draw_svg(timeline))
     assert '<a & "b">\ufffd.csv' in str(root.findtext(f"{SVG}title"))
     assert not {"0", "1", "150"} - {"0"} & {text.text for text in root.iter(f"{SVG}text")}
+
+
+@pytest.mark.parametrize(("micro_batches", "width"), [(5, 1000), (200, 64 + 8 * 400 + 12), (2000, 8000)])
+def test_svg_is_wider_for_many_cells(micro_batches: int, width: int) -> None:
+    root = ElementTree.fromstring(draw_svg(simulate(make_schedule("1f1b", 2, micro_batches))))
+    assert root.attrib["width"] == str(width)
+    assert root.attrib["viewBox"].split()[2] == str(width)

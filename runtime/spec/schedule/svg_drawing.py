@@ -11,6 +11,8 @@ from dstrain.runtime.spec.schedule.text_drawing import KIND_NAMES, duration, tit
 
 # All in pixels.
 WIDTH, MARGIN, LABEL = 1000, 12, 64
+CELL, WIDEST = 8, 8000
+"""Of many cells the drawing is wider, so that each has so much on average."""
 ROW, GAP, HEAD, FOOT = 26, 4, 58, 24
 DIGIT = 7.0
 """What one digit of a micro-batch's number needs."""
@@ -27,24 +29,29 @@ from white and from black."""
 
 def draw_svg(timeline: Timeline) -> str:
     """Title with the bubble, legend, a row per rank, numbers in cells that are wide enough, times as tooltips."""
-    ranks = len(timeline.spans)
+    ranks, width = len(timeline.spans), _width(timeline)
     height = HEAD + ranks * (ROW + GAP) + FOOT
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" font-family="system-ui, sans-serif" font-size="12" fill="{GREY}">',
         f"<title>{_clean(title(timeline))}</title>",
         f'<text x="{MARGIN}" y="20" font-size="14" font-weight="600">{_clean(title(timeline))}</text>',
         *_legend(timeline),
     ]
     for rank, spans in enumerate(timeline.spans):
-        parts += _row(timeline, rank, spans)
+        parts += _row(timeline, rank, spans, width - LABEL - MARGIN)
     base = height - FOOT + 14
     parts += [
         f'<text x="{LABEL}" y="{base}">0</text>',
-        f'<text x="{WIDTH - MARGIN}" y="{base}" text-anchor="end">{duration(timeline.makespan_s)}</text>',
+        f'<text x="{width - MARGIN}" y="{base}" text-anchor="end">{duration(timeline.makespan_s)}</text>',
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _width(timeline: Timeline) -> int:
+    most = max((len(spans) for spans in timeline.spans), default=0)
+    return max(WIDTH, min(WIDEST, LABEL + CELL * most + MARGIN))
 
 
 def _clean(text: str) -> str:
@@ -64,9 +71,8 @@ def _legend(timeline: Timeline) -> Iterator[str]:
         yield f'<text x="{x}" y="42">darker: a rank\'s later stages</text>'
 
 
-def _row(timeline: Timeline, rank: int, spans: tuple[Span, ...]) -> Iterator[str]:
+def _row(timeline: Timeline, rank: int, spans: tuple[Span, ...], room: int) -> Iterator[str]:
     y = HEAD + rank * (ROW + GAP)
-    room = WIDTH - LABEL - MARGIN
     scale = room / timeline.makespan_s if timeline.makespan_s else 0.0
     first = min(timeline.schedule.stages_on(rank), default=0)
     yield f'<text x="{MARGIN}" y="{y + 17}">rank {rank}</text>'

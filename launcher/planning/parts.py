@@ -41,15 +41,21 @@ class Part:
 
 
 def counts_of(shapes: ModelShapes, stages: int, wished: str | Sequence[int]) -> list[int]:
-    """Layers of each stage. wished: `parameters`, `time` (here by operations), or the numbers. Raises UsageError."""
+    """Layers of each stage. wished: `parameters`, `time` (here by operations, where these are known), or the numbers.
+    Raises UsageError."""
     if stages > 1 and shapes.uncut:
         raise UsageError.mismatch("parallel.pipeline", "1 for this model", str(stages), shapes.uncut)
-    if wished == "time":
+    if wished == "time" and has_operations(shapes):
         costs = [3 * (layer.weight_flops + layer.other_flops) for layer in shapes.layers]
     else:
         sizes = {parameter.name: parameter.numel() for parameter in shapes.parameters}
         costs = [float(sum(sizes[name] for name in layer.parameters)) for layer in shapes.layers]
     return partition(wished, costs, stages)
+
+
+def has_operations(shapes: ModelShapes) -> bool:
+    """Whether it is known what the layers compute."""
+    return any(layer.weight_flops for layer in shapes.layers)
 
 
 def parts_of(

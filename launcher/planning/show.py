@@ -10,7 +10,7 @@ from typing import Any
 
 from dstrain.launcher.planning.advice import warnings
 from dstrain.launcher.planning.memory import HEADROOM, Memory
-from dstrain.launcher.planning.parts import Part
+from dstrain.launcher.planning.parts import Part, has_operations
 from dstrain.launcher.planning.planner import Plan, Planner
 from dstrain.launcher.planning.search import Found
 from dstrain.launcher.planning.units import gib, gigabytes, number, seconds
@@ -199,7 +199,8 @@ def assumptions(planner: Planner) -> list[str]:
     if planner.job.optimizer.factory is not None:
         found.append("two numbers of state for each parameter (optimizer.factory)")
     if plan_by_time(planner):
-        found.append("layers as slow as their operations (parallel.partition: time)")
+        size = "operations" if has_operations(planner.shapes) else "parameters"
+        found.append(f"layers as slow as their {size} (parallel.partition: time)")
     return found
 
 

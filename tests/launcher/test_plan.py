@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,7 +20,7 @@ from dstrain.launcher.planning.cluster import Assumed, Cluster, make_cluster
 from dstrain.launcher.planning.layout import Layout, enough, layout_of
 from dstrain.launcher.planning.planner import Plan, Planner
 from dstrain.launcher.planning.search import best, search
-from dstrain.launcher.planning.show import WIDTH, layout_yaml, plan_lines, search_lines
+from dstrain.launcher.planning.show import WIDTH, assumptions, layout_yaml, plan_lines, search_lines
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import DstrainError, UsageError
 from dstrain.runtime.spec.gpt_shapes import gpt_shapes
@@ -245,6 +246,24 @@ REFUSALS = [
 @pytest.mark.parametrize(("words", "message"), REFUSALS, ids=lambda value: str(value)[:40])
 def test_what_cannot_be_is_refused_with_all_factors(folder: Path, words: list[str], message: str) -> None:
     assert message in refused("job.yaml", "--hosts", "a:2,b:2", *words)
+
+
+def test_a_partition_by_time_is_one_by_operations(folder: Path) -> None:
+    """And the plan says so; where operations are not known, by parameters."""
+    config = job(parallel={"pipeline": 4, "partition": "time"})
+    planner = planner_of(config, "a:4")
+    by_operations = [[layer.name for layer in part.layers[0]] for part in planner.parts(layout_of(config, 4))]
+    assert by_operations[0][:2] == ["token", "blocks.0"], "an embedding computes nothing"
+    assert "layers as slow as their operations" in said_of(config, "a:4")
+    assert config.gpt is not None
+    shapes = gpt_shapes(config.gpt, 32, 4)
+    unknown = replace(shapes, layers=tuple(replace(one, weight_flops=0.0, other_flops=0.0) for one in shapes.layers))
+    blind = Planner(config, unknown, planner.cluster)
+    by_parameters = job(parallel={"pipeline": 4})
+    assert [len(part.layers[0]) for part in blind.parts(layout_of(config, 4))] == [
+        len(part.layers[0]) for part in planner_of(by_parameters, "a:4").parts(layout_of(by_parameters, 4))
+    ]
+    assert "layers as slow as their parameters" in " ".join(assumptions(blind))
 
 
 def test_more_stages_than_layers_are_refused(folder: Path) -> None:

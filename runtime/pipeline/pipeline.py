@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
+from dstrain.runtime.pipeline.action_trace import ActionTrace
 from dstrain.runtime.pipeline.cuts import chain_of
 from dstrain.runtime.pipeline.executor import Boundary, Executor, Feed
 from dstrain.runtime.pipeline.gradients import StagedGradients
@@ -18,6 +19,7 @@ from dstrain.runtime.pipeline.part import ModelPart
 from dstrain.runtime.pipeline.partition import bounds
 from dstrain.runtime.spec.parallel_dims import ParallelDims
 from dstrain.runtime.spec.schedule import Action, Kind, Schedule
+from dstrain.runtime.tracing.recorder import Recorder
 
 
 class Pipeline:
@@ -49,9 +51,11 @@ class Pipeline:
         forward: Callable[..., Any],
         in_backward: Callable[[], AbstractContextManager[None]],
         gradients: StagedGradients,
+        trace: Recorder,
     ) -> None:
         """What runs the model, and takes its gradients."""
-        self._executor = Executor(self.part, self._boundaries, forward, in_backward, gradients.of_stage)
+        actions = ActionTrace(trace, self.schedule, self.place, self.column.job_ranks)
+        self._executor = Executor(self.part, self._boundaries, forward, in_backward, gradients.of_stage, actions)
 
     def train(self, feed: Feed) -> None:
         """Forwards and backwards of all micro-batches of a step."""

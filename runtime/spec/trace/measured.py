@@ -80,7 +80,7 @@ def read_trace(path: Path) -> Measured:
         times = _by_kind(own.values())
     except OSError as error:
         raise UsageError.mismatch(str(path), "a trace", str(error.strerror)) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, UsageError) as error:
         raise UsageError.mismatch(str(path), "a trace that dstrain has written", repr(error)) from None
     worst = sorted(uncertain)[-2:]  # of two ranks both are uncertain
     return Measured(tuple(sorted(spans)), tuple(_executed(own)), times, _messages(spans), sum(worst) / 1e6)

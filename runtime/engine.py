@@ -180,6 +180,8 @@ class Engine:
             config.compile,
             None if pipeline is None else pipeline.part,
         )
+        self.weights.record(self.trace)
+        self.gradients.record(self.trace)
         self._parameters = dict(module.named_parameters())
         self._seen_traits = self._traits()
         self._broadcast_buffers()

@@ -34,6 +34,7 @@ class Recorder:
         self.spans: list[Recorded] = []
         self.step = 0
         self._moment: Callable[[], Any] | None = None
+        self._is_waiting = False
 
     @property
     def is_on(self) -> bool:
@@ -48,8 +49,8 @@ class Recorder:
         self._moment = None
 
     def span(self, category: Category, name: object, peer: int | None = None) -> AbstractContextManager[None]:
-        """What happens inside. peer: the rank at the other end of a message."""
-        if self._moment is None:
+        """What happens inside. peer: the rank at the other end of a message. A wait within a wait is the outer one."""
+        if self._moment is None or (self._is_waiting and category.is_communication):
             return NOTHING
         return _Open(self, self._moment, category, name, peer)
 
@@ -73,10 +74,14 @@ class _Open:
         self._category, self._name, self._peer = category, name, peer
 
     def __enter__(self) -> None:
+        if self._category.is_communication:
+            self._recorder._is_waiting = True
         self._begin = self._moment()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         end, recorder = self._moment(), self._recorder
+        if self._category.is_communication:
+            recorder._is_waiting = False
         recorder.spans.append(Recorded(recorder.step, self._category, self._name, self._begin, end, self._peer))

@@ -58,6 +58,19 @@ def traces_of(events: Events) -> list[RankTrace]:
 ACTIONS = [category for category in Category if category.is_action]
 
 
+def within(waits: list[Any], actions: list[Any], step: int) -> dict[str, list[str]]:
+    """What each action of a step waits for."""
+    return {
+        action["name"]: [
+            wait["name"]
+            for wait in waits
+            if action["ts"] <= wait["ts"] and wait["ts"] + wait["dur"] <= action["ts"] + action["dur"] + 2e-3
+        ]
+        for action in actions
+        if action["args"]["step"] == step
+    }
+
+
 @pytest.mark.parametrize(("ranks", "pipeline", "stage", "schedule"), [(2, 2, 0, "1f1b"), (4, 2, 3, "zb_v")])
 def test_a_pipelines_actions_are_those_of_its_schedule(
     run_ranks: RunRanks,
@@ -100,7 +113,7 @@ def test_ranks_without_a_pipeline_have_forwards_backwards_and_waits(
     run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch, job: Path
 ) -> None:
     """A training that ends before the last traced step leaves what there is."""
-    events = train(run_ranks, monkeypatch, job, 2, log__trace="5-9", zero__stage=3)
+    events = train(run_ranks, monkeypatch, job, 2, log__trace="5-9", zero__stage=3, zero__resident_elements=0)
     traces = traces_of(events)
     assert [len(trace.clock) for trace in traces] == [0, 2]
     write_trace(job.parent / "trace.json", traces)
@@ -109,6 +122,9 @@ def test_ranks_without_a_pipeline_have_forwards_backwards_and_waits(
         passes = names(rows[rank, 1], 5, Category.FORWARD, Category.BACKWARD)
         assert passes == [f"0{kind}{micro}" for micro in range(4) for kind in "FB"]
         assert names(rows[rank, 1], 5, Category.DATA) == ["batch"] * 4
+        inside = within(rows[rank, 2], rows[rank, 1], 5)
+        assert any(name.startswith("parameters of ") for name in inside["0F0"])
+        assert "sums of gradients" in inside["0B1"]  # of the micro-batch before
 
 
 def test_a_trace_that_no_launcher_asks_for_is_a_file_here(

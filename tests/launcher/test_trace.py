@@ -80,3 +80,27 @@ def test_the_option_leaves_the_steps_to_the_job(tmp_path, log, steps, options, e
     job.write_text(JOB.replace("steps: 8", f"steps: {steps}") + f"log: {log}\n")
     request, _ = build_request(RunOptions(hosts="localhost", **options), Target("script", str(job)))
     assert json.loads(request.job)["log"]["trace"] == expected
+
+
+OWN_LOOP = """
+import torch
+from dstrain.runtime import initialize
+
+engine = initialize(torch.nn.Linear(4, 1), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+for step in range(8):
+    engine.backward(engine(torch.ones(2, 4)).mean())
+    engine.step()
+    if step == 4:
+        raise RuntimeError("enough")
+"""
+
+
+@pytest.mark.lab
+def test_a_loop_of_ones_own_that_fails_leaves_what_there_is(start, script, tmp_path):
+    (tmp_path / "job.yaml").write_text("name: own\n")
+    run = start("-n", "1", "--trace", "-c", "job.yaml", script(OWN_LOOP))
+    assert run.wait() == 1
+    rows = check_file(run.directory / "trace.json", 1, [4, 5])
+    assert names(rows[0, 1], 5, Category.FORWARD, Category.BACKWARD) == ["0F0", "0B0"]
+    assert run.report["trace"]["bubble"] is None  # of a pipeline alone
+    assert "the timeline of 2 steps is in" in run.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from pathlib import Path
@@ -70,9 +71,12 @@ class Tracer:
 
     def close(self) -> None:
         """At the process's end, also behind an error of this rank alone: what there is goes to the launcher."""
-        if not self._is_over:
-            self._recorder.stop()
-            self._let_go()
+        with contextlib.suppress(RuntimeError):  # of a GPU that has failed, which is the error to be seen
+            if self._comm.world_size == 1:
+                self.finish()
+            elif not self._is_over:
+                self._recorder.stop()
+                self._let_go()
 
     def _let_go(self) -> None:
         self._is_over = True

@@ -206,3 +206,15 @@ def test_nonsense_is_refused_in_a_line(job: Path, value: str, expected: str) -> 
         load_job(job, [f"log.trace={value}"])
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_process_alone_that_fails_within_the_traced_steps_writes_them(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step makes numbers that are not finite in the second."""
+    monkeypatch.chdir(job.parent)
+    monkeypatch.delenv("DSTRAIN_EVENT_FD", raising=False)
+    words = [word for key in ("log.trace=2-5", "optimizer.lr=1e30", "train.clip=null") for word in ("--set", key)]
+    assert trainer.main([str(job), *words]) == 206
+    rows = check_file(Path("trace.json"), 1, [2])
+    assert names(rows[0, 1], 2, Category.UPDATE) == []

@@ -20,7 +20,7 @@ ROUNDS = 16
 
 class Clock(Protocol):
     def moment(self) -> Any:
-        """Now; costs about a microsecond and waits for nothing."""
+        """Now; costs microseconds at most and waits for nothing."""
 
     def settle(self) -> None:
         """Return once all moments have come."""

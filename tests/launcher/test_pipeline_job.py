@@ -24,7 +24,7 @@ def test_a_killed_stage_is_the_root_cause(start, tmp_path):
     """The other stage loses its peer in a message, and is a victim."""
     (tmp_path / "job.yaml").write_text(JOB)
     run = start("-n", "2", "job.yaml")
-    lab.wait_for(lambda: "step" in run.out, "the first steps", 60)
+    lab.wait_for(lambda: "loss" in run.out, "the first steps", 60)
     os.kill(run.rank_pid(1), signal.SIGKILL)
     assert run.wait(60) == 137, run.err
     assert run.report["cause"]["rank"] == 1

@@ -59,6 +59,8 @@ def show_result(report: Mapping[str, Any], run_path: str) -> None:
     console, cause, goodput = _console(), report["cause"], summary_line(report)
     if goodput:
         console.print(Text(f"dstrain: {goodput}", "dim"))
+    if trace := report.get("trace"):
+        console.print(Text(f"dstrain: {trace_line(trace, run_path)}", "dim"))
     if cause is None:
         took = report["ended"] - report["started"]
         console.print(Text(f"dstrain: done in {took:.1f} s; logs in {run_path}", "green"))
@@ -72,6 +74,13 @@ def show_result(report: Mapping[str, Any], run_path: str) -> None:
     if cause["remedy"]:
         console.print(Text(escape(f"dstrain: {cause['remedy']}"), "yellow"))
     console.print(Text(f"dstrain: exit code {report['exit_code']}; logs in {run_path}", "dim"))
+
+
+def trace_line(trace: Mapping[str, Any], run_path: str) -> str:
+    """`the timeline of 3 steps is in runs/…/trace.json, for ui.perfetto.dev; bubble 21.3 %`."""
+    steps, bubble = _count(trace["steps"], "step"), trace["bubble"]
+    share = "" if bubble is None else f"; bubble {bubble:.1%}"
+    return f"the timeline of {steps} is in {run_path}/{trace['file']}, for ui.perfetto.dev{share}"
 
 
 def _followed(victims: int) -> str:

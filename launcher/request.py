@@ -57,6 +57,7 @@ class RunOptions:
     preload: bool = True
     config: Path | None = None
     resume: str | None = None
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,14 @@ def build_request(options: RunOptions, target: Target) -> tuple[Request, str | N
         config, target = Path(target.name), Target("module", TRAINER)
     elif options.resume is not None and config is None:
         raise UsageError.mismatch("--resume", "a job.yaml that says where checkpoints are", f"target {target.name}")
+    elif options.trace and config is None:
+        fix = "give -c job.yaml if the script trains by dstrain's engine; nothing else is traced"
+        raise UsageError.mismatch("--trace", "a job.yaml", f"target {target.name}", fix)
     elif options.overrides and config is None:
         raise UsageError.mismatch("--set", "a job.yaml to change", f"target {target.name}", "give -c job.yaml")
     for_trainer = target == Target("module", TRAINER)
     resume = [f"checkpoint.resume={json.dumps(options.resume)}"] if options.resume is not None else []
-    job = _load(config, [*options.overrides, *resume], for_trainer) if config else None
+    job = _load(config, [*options.overrides, *resume], for_trainer, options.trace) if config else None
     run = job.run if job else None
     environment, secrets = _environment(options, run)
     cwd = options.cwd or (str(run.cwd) if run and run.cwd else str(Path.cwd()))
@@ -131,10 +135,15 @@ def _hang_s(option: float | None, run: RunConfig | None) -> float | None:
     return option
 
 
-def _load(path: Path, overrides: Sequence[str], for_trainer: bool) -> Job:
+def _load(path: Path, overrides: Sequence[str], for_trainer: bool, trace: bool) -> Job:
+    """trace: as the job says which steps, or a few."""
     from dstrain.runtime.spec.load import load_job
+    from dstrain.runtime.spec.training_config import default_trace
 
     job: JobConfig = load_job(path, overrides, for_trainer=for_trainer)
+    if trace and job.log.trace is None:
+        chosen = f"log.trace={default_trace(job.train.steps)}"
+        job = load_job(path, [*overrides, chosen], for_trainer=for_trainer)
     return Job(job.name, job.run, job.model_dump_json(by_alias=True, exclude={"run"}))  # run.env may hold secrets
 
 

@@ -3,6 +3,7 @@
 runs/<run_id>/      0700; also listed under ${XDG_STATE_HOME:-~/.local/state}/dstrain/runs/
   job.json  plan.json  report.json  events.jsonl       secret values masked
   plan-attempt-<k>.json                                where attempt k has another plan than the one before
+  trace.json                                           where steps were traced: for Perfetto
   logs/attempt-<k>/<host>/rank-<r>.out  rank-<r>.err   byte-exact
   logs/attempt-<k>/<host>/rank-<r>.stacks               where it was when steps did not come
 """
@@ -64,6 +65,10 @@ class RunDir:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json"
 
     def log(self, attempt: int, host: str, rank: int, stream: Stream) -> Path:
         """The file with exactly the bytes that this rank wrote."""

@@ -32,6 +32,7 @@ from dstrain.launcher.run_dir import RunDir
 from dstrain.launcher.session import Connected, Events, Failed, Gone, HostSession
 from dstrain.launcher.store_address import find_address
 from dstrain.launcher.team import Team
+from dstrain.launcher.trace_file import TraceFile
 from dstrain.launcher.transport import ConnectOptions
 from dstrain.runtime.spec import frames
 from dstrain.runtime.spec.errors import UnreachableError
@@ -63,6 +64,7 @@ class Supervisor:
         self.console = ConsoleLink(console)
         self.events = EventLog(run, run_id, self._take_event)
         self.ledger = Ledger()
+        self.trace = TraceFile(run, request.job, self._note)
         self.logs = LogFiles(run, lambda: self.loop.wake(), lambda text: self.loop.post(-1, text))
         self.loop = EventLoop(self.console, self.logs.take_grown, self._take, self._look)
         self.nodes = self._make_nodes()
@@ -288,7 +290,7 @@ class Supervisor:
             closer.join(max(0.0, deadline - time.monotonic()))
 
     def _report(self, outcome: Outcome, started: float) -> None:
-        cause = outcome.cause
+        cause, trace = outcome.cause, None if self.plan_only else self.trace.write()
         self.events.write(outcome.attempt, "run_end", exit_code=cause.code, origin=cause.origin)
         goodput = self.ledger.goodput
         report = {
@@ -308,6 +310,7 @@ class Supervisor:
             "notes": outcome.notes,
             "goodput": None if goodput is None else round(goodput, 5),
             "ledger": None if goodput is None else self.ledger.to_json(),
+            "trace": trace,
         }
         self.console.grown(self.logs.take_grown())
         try:
@@ -390,6 +393,7 @@ class Supervisor:
 
     def _take_event(self, event: Event) -> None:
         self.ledger.take(event)
+        self.trace.take(event)
         if self.attempt is not None and event["rank"] is not None:
             self.attempt.take_event(event["rank"], event)
 

@@ -44,9 +44,13 @@ from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.precision import DTYPES, first_non_finite
 from dstrain.runtime.replicas import ReplicaGuard
 from dstrain.runtime.spec.errors import NonFiniteError, UsageError
+from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.parallel_dims import parallel_dims
+from dstrain.runtime.spec.trace import Category
 from dstrain.runtime.spec.training_config import CheckpointConfig, ParallelConfig, PrecisionConfig, ZeroConfig
 from dstrain.runtime.task import Task
+from dstrain.runtime.tracing.recorder import Recorder
+from dstrain.runtime.tracing.tracer import Tracer
 from dstrain.runtime.zero.divergence import ranks_in_words
 from dstrain.runtime.zero.spread import needs_whole_tensors, spread
 
@@ -70,7 +74,8 @@ class EngineConfig:
 
     clip: largest global norm, or None. accumulation: micro-batches of a step. on_nonfinite: `skip` leaves out a step
     whose loss or gradient is not finite; the others raise, and whoever trains may rewind. check_replicas_every: steps
-    between two comparisons of what ranks hold alike; None or 0: never.
+    between two comparisons of what ranks hold alike; None or 0: never. trace: the first and the last step whose
+    timeline is kept, counted from 1 since the engine was made.
     """
 
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -82,6 +87,7 @@ class EngineConfig:
     compile: bool = False
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
     check_replicas_every: int | None = 10
+    trace: tuple[int, int] | None = None
 
 
 class StepResult(NamedTuple):
@@ -128,7 +134,8 @@ class Engine:
     global_step: steps done. micro_step: micro-batches of the step under way. learning_rate, grad_norm: of the last
     step. stop_requested, save_requested: set by signal handlers; the next step tells all ranks. dataloader: what
     `initialize` made of training_data. saver: what `step` moves on, while a save is in flight. checkpoints: the job's
-    folder and section. loaded: what `load_checkpoint` has found last, with what was missing.
+    folder and section. loaded: what `load_checkpoint` has found last, with what was missing. trace: what steps consist
+    of, while `tracer`, of `EngineConfig.trace`, records it.
     """
 
     def __init__(
@@ -149,6 +156,8 @@ class Engine:
             comm.world_size, config.zero.stage, parallel.pipeline, parallel.data_replicate, parallel.data_shard
         )
         self.data = comm if pipeline is None else pipeline.data
+        self.trace = Recorder()
+        self.tracer = self._make_tracer()
         self.global_step = self.micro_step = 0
         self._stepped_behind = 0  # micro-batches of the step under way, when step() was last called
         self.learning_rate = self.grad_norm = 0.0
@@ -172,6 +181,8 @@ class Engine:
             config.compile,
             None if pipeline is None else pipeline.part,
         )
+        self.weights.record(self.trace)
+        self.gradients.record(self.trace)
         self._parameters = dict(module.named_parameters())
         self._seen_traits = self._traits()
         self._broadcast_buffers()
@@ -197,7 +208,7 @@ class Engine:
         self._forward: Callable[..., Any] = torch.compile(module) if config.compile else module
         if pipeline is not None:
             assert isinstance(self.gradients, StagedGradients)
-            pipeline.attach(self.__call__, self.weights.in_backward, self.gradients)
+            pipeline.attach(self._run_model, self.weights.in_backward, self.gradients, self.trace)
         # Sum of the loss, tokens, stop, save, squares of gradients; who could go on with the save in flight; of each
         # part of the model, the order of gathers, and its square.
         self._totals = torch.zeros(6 + 2 * self.dims.pipeline, dtype=torch.float64, device=comm.device)
@@ -220,6 +231,13 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, in autocast if the job says so; returns what the model returns."""
+        if not self.module.training or not torch.is_grad_enabled():
+            return self._run_model(*args, **kwargs)
+        self.enter_step()
+        with self.trace.span(Category.FORWARD, f"0F{self.micro_step}"):
+            return self._run_model(*args, **kwargs)
+
+    def _run_model(self, *args: Any, **kwargs: Any) -> Any:
         with self.autocast() if self.config.precision.autocast else contextlib.nullcontext(), self.weights.in_forward():
             return self._forward(*args, **kwargs)
 
@@ -239,8 +257,13 @@ class Engine:
             raise UsageError.mismatch(
                 "engine.backward", "engine.step() behind every backward", "another backward", "add up losses before it"
             )
+        self.enter_step()
+        with self.trace.span(Category.BACKWARD, f"0B{self.micro_step}"):
+            self._backward(loss, 1 if num_tokens is None else num_tokens)
+        self.micro_step += 1
+
+    def _backward(self, loss: Tensor, weight: int) -> None:
         assert isinstance(self.gradients, GradientReducer), "the stages of a pipeline have train_batch"
-        weight = 1 if num_tokens is None else num_tokens
         self.gradients.begin_backward(self.micro_step == self.config.accumulation - 1, counts=weight > 0)
         unit = self._choose_unit(weight)
         if weight:  # a mean over nothing is no number
@@ -250,7 +273,6 @@ class Engine:
             with self.weights.in_backward():
                 (loss * (weight * self.scaler.value / unit)).backward()  # type: ignore[no-untyped-call] # torch's
         self.gradients.end_backward()
-        self.micro_step += 1
 
     def step(self) -> StepResult | None:
         """Behind each backward: None until the step's last one, then the update from the gradients of all ranks.
@@ -271,17 +293,19 @@ class Engine:
         self._check_parameters()
         self._own_loss = self._totals[0].clone()
         with self.weights.at_step_end():
-            self.gradients.wait()
+            with self.trace.span(Category.WAIT, "sums of gradients"):
+                self.gradients.wait()
             squares = self.gradients.squares()
             is_spread = self.weights.sharers > 1 or self.dims.pipeline > 1
             if is_spread:  # each has the squares of its own shards
                 self._totals[4] = squares
             self._totals[5] = self.saver is not None and self.saver.is_ready
             self._note_order()
-            reading = self.replicas.all_reduce(self._totals, self.global_step + 1)
-            if not is_spread:
-                self._totals[4] = squares
-            loss_sum, tokens, stop, save, total, ready, *orders = self._totals.tolist()
+            with self.trace.span(Category.WAIT, "the other ranks' numbers"):
+                reading = self.replicas.all_reduce(self._totals, self.global_step + 1)
+                if not is_spread:
+                    self._totals[4] = squares
+                loss_sum, tokens, stop, save, total, ready, *orders = self._totals.tolist()
         for part in range(self.dims.pipeline):
             self.weights.check_order(orders[2 * part], orders[2 * part + 1], self.dims.data_ranks(part))
         self.replicas.check(reading, f"step {self.global_step + 1}")
@@ -309,6 +333,7 @@ class Engine:
         Each rank of a pipeline has the same batches. Raises as `step` does.
         """
         assert self.pipeline is not None
+        self.enter_step()
         feed = TrainingFeed(task, batches)
         unit = self._choose_unit(max(feed.weights))
         feed.scale = self.scaler.value / unit
@@ -318,6 +343,21 @@ class Engine:
         result = self.step()
         assert result is not None
         return result
+
+    def enter_step(self) -> None:
+        """What comes now belongs to the next step. For the trace; a step's first forward says it too."""
+        if self.tracer is not None:
+            self.tracer.enter(self.global_step + 1)
+
+    def finish_trace(self) -> None:
+        """Behind the last step, on all ranks."""
+        if self.tracer is not None:
+            self.tracer.finish()
+
+    def close_trace(self) -> None:
+        """At the end, whatever it is."""
+        if self.tracer is not None:
+            self.tracer.close()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -344,9 +384,10 @@ class Engine:
         """
         self.check_replicas()
         saver = self._saver_of(dir, asynchronous)
-        path = saver.begin()
-        if not saver.asynchronous:
-            saver.finish()
+        with self.trace.whole(Category.CHECKPOINT, "checkpoint"):
+            path = saver.begin()
+            if not saver.asynchronous:
+                saver.finish()
         saver.raise_problems()
         return path
 
@@ -464,6 +505,15 @@ class Engine:
 
     # --- the step ----------------------------------------------------------------------------------------------
 
+    def _make_tracer(self) -> Tracer | None:
+        if self.config.trace is None:
+            return None
+        place = ""
+        if self.pipeline is not None:
+            own = self.pipeline.part.own
+            place = f"stage{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}"
+        return Tracer(self.trace, self.comm, self.config.trace, EventWriter.from_environment(), place)
+
     def _choose_unit(self, weight: int) -> float:
         """[Note: loss scale] Chosen once, in the first backward, by rank 0."""
         if not self._unit:
@@ -530,16 +580,19 @@ class Engine:
         )
 
     def _update(self, scale: float) -> None:
-        self.gradients.scale(scale)
-        for _, own, gradient in self.weights.with_gradients():
-            own.grad = gradient.to(own.dtype)
-        self.optimizer.step()
-        for _, master in self.trained:  # also of those that the optimizer does not move
-            master.grad = None
-        self.weights.publish()
-        self.schedule.advance()
-        if self.average is not None:
-            self.average.update()
+        with self.trace.span(Category.UPDATE, "clip and divide"):
+            self.gradients.scale(scale)
+            for _, own, gradient in self.weights.with_gradients():
+                own.grad = gradient.to(own.dtype)
+        with self.trace.span(Category.UPDATE, "optimizer"):
+            self.optimizer.step()
+        with self.trace.span(Category.UPDATE, "new parameters"):
+            for _, master in self.trained:  # also of those that the optimizer does not move
+                master.grad = None
+            self.weights.publish()
+            self.schedule.advance()
+            if self.average is not None:
+                self.average.update()
 
     def _begin_step(self) -> None:
         if not self._is_ordered:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.tracing.recorder import Recorder
 from dstrain.runtime.zero.plan import UnitPlan
 
 _SAMPLED = 1024
@@ -145,9 +146,14 @@ class GradientReducer(ABC):
         self._number_of = {id(bucket): number for number, bucket in enumerate(self.buckets)}
         self._reduces = self._in_backward = self._counts = False
         self.uncounted: set[nn.Parameter] = set()
+        self.trace = Recorder()
         self._early: dict[nn.Parameter, Tensor] = {}
         for parameter in self._bucket_of:
             parameter.register_post_accumulate_grad_hook(self._come)  # type: ignore[no-untyped-call] # torch's
+
+    def record(self, trace: Recorder) -> None:
+        """Let `trace` have the waits for other ranks within a backward."""
+        self.trace = trace
 
     @abstractmethod
     def wait(self) -> None:

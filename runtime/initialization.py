@@ -79,6 +79,8 @@ def initialize(
         _schedule(lr_scheduler, job, own_optimizer=optimizer is not None),
         fill,
     )
+    if job.log.trace is not None:
+        atexit.register(engine.close_trace)
     if training_data is not None:
         if job.batch is None:
             raise UsageError("config: expected batch.global and batch.micro for training_data, found none")
@@ -106,6 +108,7 @@ def engine_config(job: JobConfig, accumulation: int) -> EngineConfig:
         compile=job.train.compile,
         on_nonfinite=job.train.on_nonfinite,
         check_replicas_every=job.train.check_replicas_every,
+        trace=job.log.traced_steps,
     )
 
 

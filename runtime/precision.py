@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import PrecisionConfig
+from dstrain.runtime.tracing.recorder import Recorder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -110,6 +111,9 @@ class MasterWeights:
     def in_backward(self) -> AbstractContextManager[None]:
         """Around each backward."""
         return nullcontext()
+
+    def record(self, trace: Recorder) -> None:
+        """There is nothing to wait for."""
 
     def describe(self) -> str:
         """One line for people on how the state is spread; "" where it is not."""

@@ -60,6 +60,7 @@ from dstrain.runtime.spec.errors import (
 from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.exit_codes import ExitCode
 from dstrain.runtime.spec.load import load_job, load_resolved
+from dstrain.runtime.spec.trace import Category
 from dstrain.runtime.task import LanguageTask, task_of
 from dstrain.runtime.zero.deferred import build_deferred
 
@@ -157,6 +158,7 @@ class Trainer:
                 self._finish_save()
                 self._rewind(error)
         self._finish_save(must_stand=True)
+        self.engine.finish_trace()
         if not is_whole:
             self.report.stopped(self.engine.global_step)
             return False
@@ -177,7 +179,8 @@ class Trainer:
                     self.has_reserved = True
                 step = self.engine.global_step
                 if self.data.validation is not None and (step == self.steps or (every and step % every == 0)):
-                    self.val_loss = self.validate()
+                    with self.engine.trace.whole(Category.VALIDATION, "validation"):
+                        self.val_loss = self.validate()
                 if self._is_time_to_save(step, asked=result.save or result.stop):
                     self.save()
                 if result.stop and step < self.steps:
@@ -199,10 +202,12 @@ class Trainer:
     def train_step(self, loader: Loader) -> StepResult:
         """One optimizer step over this rank's micro-batches. May raise NonFiniteError and
         ReplicasDifferError; the first one UsageError."""
+        self.engine.enter_step()
         begun = time.perf_counter()
         result = self._train_batch(loader) if self.engine.pipeline is not None else None
         while result is None:
-            batch = loader.next()
+            with self.engine.trace.span(Category.DATA, "batch"):
+                batch = loader.next()
             with contextlib.nullcontext() if self.has_begun else explained(batch, self.comm.device):
                 loss, count = self.task.loss(self.engine, batch)
             self.has_begun = True
@@ -213,7 +218,8 @@ class Trainer:
 
     def _train_batch(self, loader: Loader) -> StepResult:
         """A step of a pipeline."""
-        batches = [loader.next() for _ in range(self.accumulation)]
+        with self.engine.trace.span(Category.DATA, "batches"):
+            batches = [loader.next() for _ in range(self.accumulation)]
         with contextlib.nullcontext() if self.has_begun else explained(batches[0], self.comm.device):
             result = self.engine.train_batch(self.task, batches)
         self.has_begun = True
@@ -282,14 +288,16 @@ class Trainer:
         self.engine.check_replicas()
         saver = self.engine.saver
         assert saver is not None
-        saver.begin()
-        if not saver.asynchronous:
-            saver.finish()
+        with self.engine.trace.whole(Category.CHECKPOINT, "checkpoint"):
+            saver.begin()
+            if not saver.asynchronous:
+                saver.finish()
         self.saved_at = time.monotonic()
         self._report_saves()
 
     def close(self) -> None:
         """End what runs beside the training."""
+        self.engine.close_trace()
         if self.engine.saver is not None:
             self.engine.saver.close()
 

@@ -98,6 +98,9 @@ def run(
         float | None,
         typer.Option(min=0, help="Seconds without a step that are a hang, 0: none is; default: by the run's steps."),
     ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Write the timeline of a few steps, for Perfetto; log.trace says which.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, start nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
     no_preload: Annotated[bool, typer.Option("--no-preload", help="A fresh interpreter for each rank.")] = False,
@@ -137,6 +140,7 @@ def run(
         preload=not no_preload,
         config=config,
         resume=resume,
+        trace=trace,
     )
     request, job_name = build_request(options, foreground.target(kind, rest))
     program = foreground.ssh_program(ssh)

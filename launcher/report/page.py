@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from dstrain.launcher.report import tables
 from dstrain.launcher.report.charts import Chart, charts_of, color
+from dstrain.launcher.report.costs_table import costs
 from dstrain.launcher.report.read import Run, read_run
 from dstrain.launcher.report.time_table import times
 from dstrain.runtime.spec.errors import UsageError
@@ -44,6 +45,7 @@ def page(runs: Sequence[Run]) -> str:
             *_causes(runs),
             *_summary(runs),
             *_times(runs),
+            *_costs(runs),
             *_silence(runs),
             *_figures(charts),
             *_keys(runs),
@@ -125,6 +127,14 @@ def _times(runs: Sequence[Run]) -> Iterator[str]:
         if (table := times(run.ledger)) is not None:
             whose = "" if len(runs) == 1 else f": {escape(run.id)}"
             yield f"<section><h2>Where the time went{whose}</h2>{table}</section>"
+
+
+def _costs(runs: Sequence[Run]) -> Iterator[str]:
+    """Of runs with a trace."""
+    for run in runs:
+        if (table := costs(run.trace)) is not None:
+            whose = "" if len(runs) == 1 else f": {escape(run.id)}"
+            yield f"<section><h2>What actions cost{whose}</h2>{table}</section>"
 
 
 def _silence(runs: Sequence[Run]) -> Iterator[str]:

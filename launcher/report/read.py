@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dstrain.launcher.ledger import Ledger
+from dstrain.runtime.spec.errors import UsageError
+from dstrain.runtime.spec.trace import Measured, read_trace
 
 Numbers = NDArray[np.float64]
 
@@ -55,7 +57,8 @@ class Run:
     """All that one run's directory says; what it does not say is empty.
 
     job, report: the JSON files. start, end: the last such events of rank 0. steps: curves by writer and field.
-    seconds: from the first event to the last. ledger: where they went. problems: what could not be read, a line each.
+    seconds: from the first event to the last. ledger: where they went. trace: what traced steps say of a pipeline.
+    problems: what could not be read, a line each.
     """
 
     id: str
@@ -67,6 +70,7 @@ class Run:
     validations: tuple[Validation, ...]
     seconds: float
     ledger: Ledger
+    trace: Measured | None
     problems: tuple[str, ...]
 
     @property
@@ -101,6 +105,7 @@ def read_run(path: Path) -> Run:
         validations=tuple(events.validations),
         seconds=max(0.0, (events.last_ns - events.first_ns) / 1e9) if events.last_ns else 0.0,
         ledger=events.ledger,
+        trace=_trace(path / "trace.json", problems),
         problems=tuple(problems),
     )
 
@@ -128,6 +133,14 @@ def _json_file(path: Path, problems: list[str]) -> dict[str, Any]:
             return value
         problems.append(f"{path.name}: no JSON object")
     return {}
+
+
+def _trace(path: Path, problems: list[str]) -> Measured | None:
+    try:
+        return read_trace(path) if path.is_file() else None
+    except UsageError:
+        problems.append(f"{path.name}: no trace of ours")
+        return None
 
 
 class _Columns:

@@ -11,6 +11,7 @@ import numpy as np
 
 from dstrain.launcher.report import series
 from dstrain.launcher.report.charts import GIB, attempts_of
+from dstrain.launcher.report.costs_table import bubble
 from dstrain.launcher.report.read import Run, number
 
 FINAL_STEPS = 10
@@ -196,6 +197,7 @@ _FACTS: dict[str, Callable[[Run], str]] = {
     "Throughput (median)": _throughput,
     "Step time (median)": _step_time,
     "Model FLOPs utilization (median)": _utilization,
+    "Pipeline's bubble (median)": lambda run: bubble(run.trace),
     "Waiting for data (rank 0)": _data_wait,
     "Peak memory of a rank": _memory,
     "Notes": _notes,

@@ -81,7 +81,7 @@ def initialize(
         raise UsageError.mismatch("deepspeed.initialize", "a model", "none")
     for name, value in {"mpu": mpu, "mesh_param": mesh_param}.items():
         if value is not None:
-            fix = "there is data parallelism only"
+            fix = "there is no tensor parallelism"
             raise UsageError.mismatch(f"deepspeed.initialize: {name}", "none", type(value).__name__, fix)
     comm = communicator()
     keys = _keys(args, config if config is not None else config_params, in_call=config is not None)

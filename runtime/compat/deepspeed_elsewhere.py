@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_PARALLEL = "there is data parallelism only: a model that does not fit is sharded by zero_optimization stage 3"
+_PARALLEL = "a model that does not fit is sharded by zero_optimization stage 3"
+_PIPELINE = "write a job.yaml with parallel.pipeline, whose model.factory returns the list of layers"
 _INFERENCE = "write the model by engine.save_16bit_model(dir), and serve its model.safetensors by another library"
 _DEVICE = "write engine.device, or torch.accelerator"
 _RECOMPUTED = "write torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False)"
@@ -21,8 +22,8 @@ INSTEAD = {
     "DeepSpeedTransformerLayer": "write torch.nn.TransformerEncoderLayer",
     "InferenceEngine": _INFERENCE,
     "OnDevice": "make the model in the host's memory; initialize moves it",
-    "PipelineEngine": _PARALLEL,
-    "PipelineModule": _PARALLEL,
+    "PipelineEngine": _PIPELINE,
+    "PipelineModule": _PIPELINE,
     "accelerator": _DEVICE,
     "add_tuning_arguments": "write add_config_arguments; WarmupLR and others stand in the section scheduler",
     "checkpointing": _RECOMPUTED,
@@ -34,7 +35,7 @@ INSTEAD = {
     "moe": _EXPERTS,
     "monitor": "log in the script what engine.step() did",
     "ops": _OPTIMIZERS,
-    "pipe": _PARALLEL,
+    "pipe": _PIPELINE,
     "profiling": "write torch.profiler around the steps",
     "runtime": "write torch.optim.lr_scheduler for its schedules; initialize makes the engine, a DeepSpeedEngine",
     "tp_model_init": _PARALLEL,

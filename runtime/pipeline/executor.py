@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dstrain.runtime.gradients import GradientReducer
+from dstrain.runtime.pipeline.action_trace import ActionTrace
 from dstrain.runtime.pipeline.messages import Mailbox, Signature
 from dstrain.runtime.pipeline.part import ModelPart, tensors_of
 from dstrain.runtime.pipeline.split_backward import Splitter, WeightGradients
@@ -70,11 +71,12 @@ class Executor:
         forward: Callable[..., Any],
         in_backward: Callable[[], AbstractContextManager[None]],
         reducers: dict[int, GradientReducer],
+        trace: ActionTrace,
     ) -> None:
         """boundaries: behind each stage but the last; None where neither side is this rank's. forward: the model's.
         in_backward: around each backward."""
         self._part, self._boundaries, self._forward = part, list(boundaries), forward
-        self._in_backward, self._reducers = in_backward, reducers
+        self._in_backward, self._reducers, self._trace = in_backward, reducers, trace
         self._last = len(part.layers) - 1
         self._parameters = {stage: part.parameters_of(stage) for stage in part.own}
         self._owner: dict[Tensor, int] = {
@@ -109,13 +111,15 @@ class Executor:
                 self._post(later)
             if done < len(receiving) and receiving[done] is action:
                 done += 1
-            self._do[action.kind](action)
+            with self._trace.action(action):
+                self._do[action.kind](action)
         assert not self._held, "the schedule has been checked"
         assert not self._left, "the schedule has been checked"
-        for boundary in self._boundaries:
-            if boundary is not None:
-                boundary.activations.finish()
-                boundary.gradients.finish()
+        with self._trace.finishing():
+            for boundary in self._boundaries:
+                if boundary is not None:
+                    boundary.activations.finish()
+                    boundary.gradients.finish()
 
     def forget(self) -> None:
         """Behind an error: nothing of the step is left."""
@@ -127,7 +131,7 @@ class Executor:
     def _run_forward(self, action: Action) -> None:
         stage, micro = action.stage, action.micro_batch
         mailbox, training = self._source(action), torch.is_grad_enabled()
-        received = [] if mailbox is None else mailbox.take(micro, self._feed.signatures[micro])
+        received = [] if mailbox is None else self._take(mailbox, action)
         inputs = tuple(tensor for tensor in received if tensor is not None)
         with self._splitter.forward() if self._splitter and self._splits else nullcontext():
             output = self._part.run(self._forward, stage, inputs, self._feed.arguments(micro))
@@ -135,7 +139,8 @@ class Executor:
             outputs: tuple[Tensor, ...] = (self._feed.loss(output, micro),)
         else:
             outputs = tensors_of(output, f"stage {stage}")
-            self._boundary(stage).activations.send(micro, self._feed.signatures[micro], outputs)
+            with self._trace.sending(action):
+                self._boundary(stage).activations.send(micro, self._feed.signatures[micro], outputs)
         if training:
             ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs)
             seed = torch.ones_like(outputs[0]) if stage == self._last else None
@@ -171,7 +176,7 @@ class Executor:
         """The backward of a stage, as far as its inputs, which it returns with their gradients."""
         stage, micro = action.stage, action.micro_batch
         held, mailbox = self._held.pop((stage, micro)), self._source(action)
-        grads = [held.seed] if mailbox is None else mailbox.take(micro, self._feed.signatures[micro])
+        grads = [held.seed] if mailbox is None else self._take(mailbox, action)
         ends = [(end, grad) for end, grad in zip(held.ends, grads, strict=True) if end is not None and grad is not None]
         if ends:
             with self._in_backward():
@@ -182,7 +187,8 @@ class Executor:
         if action.stage:
             gradients = [tensor.grad if tensor.requires_grad else None for tensor in inputs]
             signature = self._feed.signatures[action.micro_batch]
-            self._boundary(action.stage - 1).gradients.send(action.micro_batch, signature, gradients)
+            with self._trace.sending(action):
+                self._boundary(action.stage - 1).gradients.send(action.micro_batch, signature, gradients)
 
     # --- messages ----------------------------------------------------------------------------------------------
 
@@ -193,6 +199,10 @@ class Executor:
         if action.kind in (Kind.BACKWARD, Kind.INPUT_GRADIENT):
             return self._boundary(action.stage).gradients if action.stage < self._last else None
         return None
+
+    def _take(self, mailbox: Mailbox, action: Action) -> list[Tensor | None]:
+        with self._trace.waiting(action):
+            return mailbox.take(action.micro_batch, self._feed.signatures[action.micro_batch])
 
     def _post(self, action: Action) -> None:
         mailbox = self._source(action)

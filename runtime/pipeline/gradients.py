@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import CommGroup
 from dstrain.runtime.gradients import GradientReducer
+from dstrain.runtime.tracing.recorder import Recorder
 
 
 class StagedGradients:
@@ -23,6 +24,11 @@ class StagedGradients:
         self, of_stage: Mapping[int, GradientReducer], tied: Sequence[tuple[nn.Parameter, GradientReducer, CommGroup]]
     ) -> None:
         self.of_stage, self._tied = dict(of_stage), list(tied)
+
+    def record(self, trace: Recorder) -> None:
+        """Of each stage: see GradientReducer."""
+        for reducer in self.of_stage.values():
+            reducer.record(trace)
 
     def wait(self) -> None:
         """Until all gradients are sums over all ranks."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.models.language import logits_of
+from dstrain.runtime.pipeline.action_trace import ActionTrace
 from dstrain.runtime.pipeline.cuts import chain_of
 from dstrain.runtime.pipeline.executor import Boundary, Executor, Feed
 from dstrain.runtime.pipeline.gradients import StagedGradients
@@ -20,6 +21,7 @@ from dstrain.runtime.pipeline.partition import bounds
 from dstrain.runtime.spec.parallel_dims import ParallelDims
 from dstrain.runtime.spec.schedule import Action, Kind, Schedule
 from dstrain.runtime.task import Arguments
+from dstrain.runtime.tracing.recorder import Recorder
 
 
 class Pipeline:
@@ -70,9 +72,11 @@ class Pipeline:
         forward: Callable[..., Any],
         in_backward: Callable[[], AbstractContextManager[None]],
         gradients: StagedGradients,
+        trace: Recorder,
     ) -> None:
         """What runs the model, and takes its gradients."""
-        self._executor = Executor(self.part, self._boundaries, forward, in_backward, gradients.of_stage)
+        actions = ActionTrace(trace, self.schedule, self.place, self.column.job_ranks)
+        self._executor = Executor(self.part, self._boundaries, forward, in_backward, gradients.of_stage, actions)
 
     def train(self, feed: Feed) -> None:
         """Forwards and backwards of all micro-batches of a step."""

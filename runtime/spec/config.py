@@ -25,6 +25,7 @@ from dstrain.runtime.spec.section import (
     Section,
 )
 from dstrain.runtime.spec.training_config import (
+    MOST_TRACED,
     CheckpointConfig,
     LogConfig,
     OptimizerConfig,
@@ -221,6 +222,13 @@ def _of_training(job: JobConfig) -> Iterator[Contradiction]:
         yield Contradiction(("train", "on_nonfinite"), "a section checkpoint for rewind", "none")
     if len(set(job.log.trackers)) < len(job.log.trackers):
         yield Contradiction(("log", "trackers"), "each tracker once", ", ".join(job.log.trackers))
+    if job.log.trace is not None:
+        traced, steps = job.log.traced_steps, job.train.steps
+        if traced is None:
+            expected = f"a step or FIRST-LAST, from 1, of at most {MOST_TRACED} steps"
+            yield Contradiction(("log", "trace"), expected, repr(job.log.trace))
+        elif steps is not None and traced[0] > steps:
+            yield Contradiction(("log", "trace"), f"steps within train.steps = {steps}", repr(job.log.trace))
 
 
 def _of_optimizer(job: JobConfig) -> Iterator[Contradiction]:

@@ -34,6 +34,11 @@ class EventWriter:
             int(environ.get("RANK", "0")),
         )
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether a launcher listens, as far as is known."""
+        return self._fd is not None
+
     def emit(self, kind: str, **fields: Any) -> None:
         """Write one event. A reader that has gone is no error: the training goes on."""
         if self._fd is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,11 @@ from dstrain.runtime.spec.section import (
     Section,
     Seed,
 )
+
+DEFAULT_TRACE = "4-6"
+
+MOST_TRACED = 100
+"""Steps: a pipeline of 8 stages and 64 micro-batches then has some 40 MB of spans."""
 
 
 class OffloadConfig(Section):
@@ -284,3 +290,24 @@ class LogConfig(Section):
     peak_tflops: Positive | None = Field(
         default=None, description="Of one device in the job's dtype, for MFU; known for usual GPUs."
     )
+    trace: str | Count | None = Field(
+        default=None,
+        description="Steps whose timeline is written for Perfetto, '4-6' or 5, counted from 1 since the attempt began; "
+        f"{MOST_TRACED} at most. `--trace` is {DEFAULT_TRACE}.",
+    )
+
+    @property
+    def traced_steps(self) -> tuple[int, int] | None:
+        """The first and the last; also None where `trace` is no such words."""
+        match = re.fullmatch(r"([1-9][0-9]{0,8})(?:-([1-9][0-9]{0,8}))?", str(self.trace))
+        if match is None:
+            return None
+        first, last = int(match[1]), int(match[2] or match[1])
+        return (first, last) if 0 <= last - first < MOST_TRACED else None
+
+
+def default_trace(steps: int | None) -> str:
+    """A few steps behind those that are slow because they are the first; of a short training the last ones."""
+    if steps is None or steps >= int(DEFAULT_TRACE.partition("-")[2]):
+        return DEFAULT_TRACE
+    return f"{max(1, steps - 2)}-{steps}"

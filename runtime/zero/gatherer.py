@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from dstrain.runtime.pages import prefer_large_pages
+from dstrain.runtime.spec.trace import Category
+from dstrain.runtime.tracing.recorder import Recorder
 from dstrain.runtime.zero.divergence import Lookout
 from dstrain.runtime.zero.unit import UnitState, ZeroUnit
 
@@ -73,6 +75,7 @@ class Gatherer:
 
     def __init__(self, units: Sequence[ZeroUnit], lookout: Lookout | None = None) -> None:
         self.units = list(units)
+        self.trace = Recorder()
         self._lookout = lookout
         self._moving = [unit for unit in units if not unit.resident]
         self._slots: list[_Slot] = []
@@ -97,7 +100,7 @@ class Gatherer:
             self._start(unit)
         if unit.state is UnitState.GATHERING:
             with self._lookout.waiting() if self._lookout is not None else nullcontext():
-                unit.finish_gather()
+                self._finish(unit)
         self._touch(unit)
         self._last = unit
         if self._is_recording:
@@ -147,7 +150,7 @@ class Gatherer:
         """Wait for all that `start_residents` has begun."""
         for unit in self.units:
             if unit.resident and unit.state is UnitState.GATHERING:
-                unit.finish_gather()
+                self._finish(unit)
 
     def pin(self, unit: ZeroUnit) -> None:
         """Keep the unit where it is until `unpin`."""
@@ -260,6 +263,10 @@ class Gatherer:
         self._slots.remove(slot)
         del self._slot_at[slot.address]
 
+    def _finish(self, unit: ZeroUnit) -> None:
+        with self.trace.span(Category.WAIT, f"parameters of {unit.name}" if self.trace.is_on else ""):
+            unit.finish_gather()
+
     def _touch(self, unit: ZeroUnit) -> None:
         self._clock += 1
         for slot in self._slots:
@@ -268,7 +275,7 @@ class Gatherer:
 
     def _release(self, unit: ZeroUnit) -> None:
         if unit.state is UnitState.GATHERING:
-            unit.finish_gather()
+            self._finish(unit)
         unit.release()
         for slot in self._slots:
             if slot.unit is unit:

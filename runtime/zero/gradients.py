@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dstrain.runtime.comm_group import CommGroup, Pending
 from dstrain.runtime.gradients import GradientBucket, GradientReducer, sum_dtype
 from dstrain.runtime.pages import prefer_large_pages
+from dstrain.runtime.spec.trace import Category
 from dstrain.runtime.zero.divergence import Lookout
 from dstrain.runtime.zero.unit import ZeroUnit, host_memory
 
@@ -148,7 +149,8 @@ class ShardedGradients(GradientReducer):
 
     def _finish_oldest(self) -> None:
         bucket, pending = self._pending.popleft()
-        with self._lookout.waiting() if self._lookout is not None else nullcontext():
+        lookout = self._lookout.waiting() if self._lookout is not None else nullcontext()
+        with self.trace.span(Category.WAIT, "sums of gradients"), lookout:
             pending.wait()
         self._give_back(bucket)
         unit = self._unit_of[id(bucket)]

@@ -22,6 +22,7 @@ from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import CommGroup, Wish
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.training_config import OffloadConfig
+from dstrain.runtime.tracing.recorder import Recorder
 from dstrain.runtime.zero.divergence import BACKWARD, END_OF_BACKWARD, END_OF_STEP, Lookout
 from dstrain.runtime.zero.gatherer import Gatherer
 from dstrain.runtime.zero.grouping import Group, by_module, by_size
@@ -136,6 +137,10 @@ class ShardedWeights:
         finally:
             self.watch.in_backward = False
             self.gatherer.unpin_all()
+
+    def record(self, trace: Recorder) -> None:
+        """Let `trace` have the waits for parameters."""
+        self.gatherer.trace = trace
 
     def describe(self) -> str:
         """One line for people on how the state is spread."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trace_lab import recorded
 from typer.testing import CliRunner
 
 import lab
@@ -24,6 +25,8 @@ from dstrain.launcher.report.read import read_run
 from dstrain.launcher.run_dir import RunDir
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.event import EventWriter
+from dstrain.runtime.spec.schedule import Costs, make_schedule, simulate
+from dstrain.runtime.spec.trace import write_trace
 
 HOSTILE = "</script><script>document.title='hacked'</script><img src=x onerror=document.title='hacked'>"
 
@@ -390,3 +393,15 @@ def test_a_real_run(start: Callable[..., Any], folder: Path) -> None:
     assert read.problems == ()
     assert json.loads((run.directory / "report.json").read_text())["exit_code"] == 0
     assert (run.directory / "report.html").stat().st_size > 4_000_000
+
+
+def test_a_trace_gives_a_table_of_costs_and_the_bubble() -> None:
+    recorder = Recorder("piped")
+    timeline = simulate(make_schedule("1f1b", 2, 4), Costs([3e-3, 5e-3], 4e-3, 2e-3, 1e-3))
+    write_trace(recorder.path / "trace.json", recorded(timeline, 4, zero=0))
+    text = page([read_run(recorder.path)])
+    cells = re.findall(r"<td>([^<]*) ms</td>", text)
+    assert cells == ["3", "6", "1", "5", "6"]  # the last stage sends to no next one
+    assert f"{timeline.bubble:.1%}, {timeline.bubble:.1%} to {timeline.bubble:.1%} in 1 traced step" in text
+    (recorder.path / "trace.json").write_text("half a fi")
+    assert "trace.json: no trace of ours" in page([read_run(recorder.path)])

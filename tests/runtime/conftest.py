@@ -22,6 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dstrain.runtime import initialization
+
 torch.set_num_threads(1)  # the ranks share the cores, and a forked process must not inherit a pool of threads
 torch.optim.AdamW([torch.zeros(1)])  # imports torch._dynamo, which takes seconds: once here, not in each rank
 
@@ -30,6 +32,12 @@ torch.optim.AdamW([torch.zeros(1)])  # imports torch._dynamo, which takes second
 os.register_at_fork(after_in_child=gc.freeze)
 
 RunRanks = Callable[..., list[Any]]
+
+
+@pytest.fixture(autouse=True)
+def joined_nothing() -> None:
+    """A job that a test before has joined in this process is not this test's, nor its forks'."""
+    initialization._joined.clear()
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_refused(saved: Path, model: nn.Module, config: dic
 def test_the_manifest_says_what_is_stored(saved: Path) -> None:
     manifest = Manifest.read(saved / "step-3")
     assert manifest.step == 3
-    assert manifest.layout == {"world_size": 1, "stage": 0, "data_shard": 1}
+    assert manifest.layout == {"world_size": 1, "stage": 0, "data_shard": 1, "pipeline": 1}
     entry = next(entry for entry in manifest.tensors if entry.name == "model.weight")
     (piece,) = entry.pieces
     assert (entry.shape, entry.dtype) == ((3, 4), "F32")

@@ -349,7 +349,10 @@ def test_parts_that_are_not_here_say_what_to_write() -> None:
         (f"from {package} import ops", r"^deepspeed.ops: .*; write the section optimizer"),
         (f"from {package}.ops.adam import FusedAdam", r"^deepspeed.ops: .*torch.optim.AdamW"),
         (f"import {package}.comm", r"^deepspeed.comm: .*; write torch.distributed"),
-        (f"from {package} import PipelineModule", r"^deepspeed.PipelineModule: .*; there is data parallelism only"),
+        (
+            f"from {package} import PipelineModule",
+            r"^deepspeed.PipelineModule: .*; write a job.yaml with parallel.pipeline",
+        ),
         (f"from {package} import initialise", r"cannot import name 'initialise'"),
         (f"import {package}.initialise", r"No module named"),
     ):

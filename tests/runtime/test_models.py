@@ -167,5 +167,8 @@ def test_the_section_model_makes_a_gpt_or_calls_a_factory() -> None:
     assert isinstance(model, nn.Linear)
     assert model.weight.shape == (2, 3)
     assert (vocabulary_of(model, config), context_of(model, config)) == (None, None)
-    with pytest.raises(UsageError, match=r"model\.factory: expected a function that returns an nn\.Module, found dict"):
+    with pytest.raises(
+        UsageError,
+        match=r"model\.factory: expected a function that returns an nn\.Module, or a list of layers, found dict",
+    ):
         build_model(ModelConfig(factory="builtins:dict"))

@@ -274,3 +274,40 @@ def test_blocks_of_a_stage_are_units_of_their_own(run_ranks: RunRanks) -> None:
         assert len(blocks) > 1
         assert all(len(numbers) == 1 for numbers in blocks.values()), blocks
         assert len(set().union(*blocks.values())) == len(blocks)
+
+
+HALF = 1 / 2
+"""(N - 1) / N of two data ranks."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "least", "most"),
+    [
+        (0, {}, 2, 2),
+        (1, {}, 2, 2),
+        (2, {}, MICRO_BATCHES + 1, MICRO_BATCHES + 1),
+        (2, {"accumulate": "local"}, 2, 2),
+        (3, {"reshard": "step"}, MICRO_BATCHES + 1, MICRO_BATCHES + 1),
+        (3, {"reshard": "step", "accumulate": "local"}, 2, 2),
+        (3, {"accumulate": "local"}, MICRO_BATCHES + 1, 2 * MICRO_BATCHES + 1),
+        (3, {}, 2 * MICRO_BATCHES, 3 * MICRO_BATCHES),
+    ],
+)
+def test_bytes_on_the_wire(run_ranks: RunRanks, stage: int, zero: dict[str, Any], least: float, most: float) -> None:
+    """In Ψ / p · (N − 1) / N elements, besides messages: a gather and a reduction send one of these. What a backward
+    finds still gathered by its forward, at reshard: micro_batch, is saved."""
+
+    def work(_: int) -> tuple[int, int]:
+        with Communicator.connect() as comm:
+            engine = engine_of(comm, Training(), "1f1b", 2, stage, None, **zero)
+            for step in range(3):
+                comm.take_traffic()
+                engine.train_batch(LanguageTask(), Training().batches(step, engine.data.rank))
+            sizes = [unit.plan.size for unit in engine.weights.units] if stage else []
+            return comm.take_traffic(), sum(sizes) or sum(p.numel() for p in engine.module.parameters())
+
+    messages = sum(batch[:, 1:].numel() for batch in Training().batches(0, 0)) * SIZES.width
+    tied, totals = SIZES.vocabulary * SIZES.width, 50
+    for sent, size in run_ranks(4, work):
+        beside = sent / 4 - messages
+        assert least * HALF * size <= beside <= most * HALF * size + tied + totals, beside / (HALF * size)

@@ -19,7 +19,7 @@ from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.parallel_dims import parallel_dims
 
 from .test_checkpoint_reshard import canonical_hash
-from .test_pipeline import Training, engine_of, one_process
+from .test_pipeline import STEPS, Training, engine_of, one_process
 from .test_trainer import events_of, losses
 
 RunRanks = Callable[..., list[Any]]
@@ -202,7 +202,7 @@ def test_the_whole_model_in_one_file(run_ranks: RunRanks, tmp_path: Path, stage:
     def work(_: int) -> None:
         with Communicator.connect() as comm:
             engine = engine_of(comm, training, "1f1b", 2, stage, None)
-            for step in range(3):
+            for step in range(STEPS):
                 engine.train_batch(training.task(), training.batches(step, engine.data.rank))
             save_model(engine, tmp_path)
 

@@ -185,7 +185,7 @@ OTHER_SECTIONS: Mapping[str, tuple[str, bool]] = {
     "graph_harvesting": ("write train.compile: true", True),
     "hybrid_engine": ("there is no inference engine", False),
     "nebula": ("checkpoints are written by rank 0", True),
-    "pipeline": ("there is no pipeline parallelism", False),
+    "pipeline": ("write parallel.pipeline, see docs/pipeline.md", False),
     "progressive_layer_drop": ("layers are not dropped", False),
     "quantize_training": ("there is no quantization", False),
     "sparse_attention": ("give a model with such attention", False),

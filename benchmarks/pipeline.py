@@ -3,6 +3,9 @@
     python benchmarks/pipeline.py table [ROUNDS] [CONTENDERS…]     seconds of a step, peak memory of the first stage
     python benchmarks/pipeline.py stage2 [ROUNDS]                  2 stages × 2 ranks at ZeRO stage 2, which DeepSpeed
                                                                    refuses: it runs, and its losses are the pipeline's
+    python benchmarks/pipeline.py overhead [ROUNDS]                what the executor adds to an action besides computing
+    python benchmarks/pipeline.py bubble [ROUNDS] [SCHEDULES…]     planned by `dstrain plan --costs` of a trace, against
+                                                                   the executed one in that trace
 
 The GPT of `gpt.py`, fp32, as embedding, blocks, norm and head; 2 stages of a thread each, 8 micro-batches of 2 x 128
 tokens, fused AdamW, clipping by the norm over both stages, Gloo. A round is a job of each contender, in turn: 3 steps,
@@ -14,12 +17,21 @@ PEERS=…/bin/python: the interpreter for DeepSpeed, by default this one.
 
 from __future__ import annotations
 
+import json
+import statistics
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
+from pipes import TINY_STAGES, tiny_stages
+from tempfile import TemporaryDirectory
 
+from dstrain.runtime.spec.schedule import SCHEDULE_NAMES
+from dstrain.runtime.spec.trace import read_trace
 from gpt import TINY, Work
 from jobs import Job, interleave, with_peers
-from measure import describe, ratio
+from measure import Series, describe, ratio
 
 PEERS = ("torch-1f1b", "torch-gpipe", "deepspeed-pipe")
 OURS = ("pipe-gpipe", "pipe-1f1b", "pipe-interleaved", "pipe-zb_h1", "pipe-zb_v")
@@ -46,7 +58,53 @@ def stage2(work: Work, rounds: int, _: list[str]) -> None:
     print(f"4 ranks: {found.step.median:.3f} s   losses {found.losses}")
 
 
-MODES = {"table": table, "stage2": stage2}
+def overhead(work: Work, rounds: int, _: list[str]) -> None:
+    """Four stages of one tiny layer each on one rank, against the same forwards and backwards in a plain loop."""
+    ours, plain = Series("train_batch"), Series("plain loop")
+    pipelined, by_hand = tiny_stages(MICRO_BATCHES * work.accumulation)
+    actions = 2 * TINY_STAGES * MICRO_BATCHES * work.accumulation
+    for _number in range(rounds):
+        for run, series in ((pipelined, ours), (by_hand, plain)):
+            begun = time.perf_counter()
+            run()
+            series.values.append((time.perf_counter() - begun) / actions * 1e6)
+    added = [one - other for one, other in zip(ours.values[1:], plain.values[1:], strict=True)]
+    low, _middle, high = statistics.quantiles(added, n=4)
+    print(
+        f"µs an action: {ours.median:.0f}, in a plain loop {plain.median:.0f}; added {statistics.median(added):.0f} "
+        f"({low:.0f} to {high:.0f})"
+    )
+
+
+BUBBLE_JOB = """
+model: {gpt: {layers: 8, width: 512, heads: 8, context: 128}}
+batch: {global: 16, micro: 2}
+parallel: {pipeline: 2, schedule: %s, partition: time}
+train: {steps: 14, sample_bytes: 0, eval_samples: 2}
+"""
+
+
+def bubble(_: Work, rounds: int, names: list[str]) -> None:
+    """Real jobs with `--trace`, 8 steps each; the plan gets nothing but the trace's costs."""
+    dstrain = [sys.executable, "-c", "from dstrain.launcher.cli import main; main()"]
+    for name in [name for name in names if name in SCHEDULE_NAMES] or SCHEDULE_NAMES:
+        executed, planned = [], []
+        for _number in range(rounds):
+            with TemporaryDirectory() as folder:
+                Path(folder, "job.yaml").write_text(BUBBLE_JOB % name)
+                command = [*dstrain, "run", "job.yaml", "-n", "2", "--set", "log.trace=6-13", "--trace", "-q"]
+                subprocess.run(command, cwd=folder, check=True, capture_output=True)
+                trace = next(Path(folder, "runs").glob("*/trace.json"))
+                measured = read_trace(trace)
+                command = [*dstrain, "plan", "job.yaml", "-n", "2", "--costs", str(trace), "--json"]
+                found = subprocess.run(command, cwd=folder, check=True, capture_output=True)
+                executed.append(100 * float(measured.bubble or 0))
+                planned.append(100 * float(json.loads(found.stdout)["bubble"]))
+        pairs = "   ".join(f"{one:.1f}/{other:.1f}" for one, other in zip(executed, planned, strict=True))
+        print(f"{name:18} executed/planned bubble, % of the ranks' time: {pairs}", flush=True)
+
+
+MODES = {"table": table, "stage2": stage2, "overhead": overhead, "bubble": bubble}
 
 
 def main(words: list[str]) -> None:

@@ -141,6 +141,51 @@ def dstrain(work: Work, schedule: str, stage: int = 0) -> Contender:
     return Contender(lambda micros: engine.train_batch(task, micros).loss, comm.take_traffic)
 
 
+TINY_STAGES = 4
+
+
+def tiny_stages(micro_batches: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """One step of a pipeline of tiny layers, all on this rank, and the same computing in a plain loop."""
+    from dstrain.runtime.comm import Communicator
+    from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
+    from dstrain.runtime.optimizers import make_optimizer
+    from dstrain.runtime.pipeline.pipeline import Pipeline
+    from dstrain.runtime.spec.parallel_dims import parallel_dims
+    from dstrain.runtime.spec.schedule import make_schedule
+    from dstrain.runtime.spec.training_config import OptimizerConfig
+    from dstrain.runtime.task import SampleTask
+
+    def layers() -> list[nn.Module]:
+        return [nn.Linear(2, 2) for _ in range(TINY_STAGES)]
+
+    comm = Communicator(0, 1, 0, torch.device("cpu"))
+    model = nn.Sequential(*layers())
+    plan = make_schedule("interleaved_1f1b", 1, micro_batches, TINY_STAGES)
+    pipe = Pipeline(model, comm, parallel_dims(1, 0, 1), plan, [1] * TINY_STAGES)
+    sgd = OptimizerConfig(name="sgd", lr=1e-9)
+    config = EngineConfig(accumulation=micro_batches)
+    engine = Engine(model, comm, config, lambda p: make_optimizer(p, sgd), TorchSchedule(None), pipeline=pipe)
+    batches = [(torch.ones(1, 2), torch.ones(1, 2)) for _ in range(micro_batches)]
+    task, own = SampleTask("torch.nn.functional:mse_loss"), layers()
+
+    def by_hand() -> None:
+        for given, target in batches:
+            ins, outs = [], []
+            for layer in own:
+                ins.append(given)
+                outs.append(layer(given))
+                given = outs[-1].detach().requires_grad_()
+            gradient = None
+            for place in reversed(range(TINY_STAGES)):
+                output = outs[place]
+                if gradient is None:
+                    output = nn.functional.mse_loss(output, target)
+                torch.autograd.backward(output, gradient)
+                gradient = ins[place].grad
+
+    return lambda: engine.train_batch(task, batches), by_hand
+
+
 PIPES: dict[str, Callable[[Work], Contender]] = {
     "torch-1f1b": lambda work: torchs(work, "Schedule1F1B"),
     "torch-gpipe": lambda work: torchs(work, "ScheduleGPipe"),

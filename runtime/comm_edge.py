@@ -21,9 +21,6 @@ class Message(Protocol):
     def wait(self) -> object:
         """Return once it has gone, or come. RuntimeError when the other end has gone or the timeout is over."""
 
-    def is_completed(self) -> bool:
-        """Whether `wait` would return at once."""
-
 
 class Edge:
     """From rank `source` to rank `to`, of which this is one."""

@@ -12,6 +12,7 @@ from dstrain.launcher.planning.parts import Part
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.model_shapes import LayerShape
 from dstrain.runtime.spec.schedule import Costs
+from dstrain.runtime.spec.trace import read_trace
 
 KEYS = ("forward", "input_gradient", "weight_gradient", "message")
 
@@ -85,7 +86,10 @@ def apply_given(given: GivenCosts | None, costs: StageCosts) -> StageCosts:
 
 
 def read_costs(text: str) -> GivenCosts:
-    """`F,I,W` or `F,I,W,MESSAGE` in seconds, or a JSON file of lists with the names in KEYS. Raises UsageError."""
+    """`F,I,W` or `F,I,W,MESSAGE` in seconds; or a JSON file of lists with the names in KEYS, or of `run --trace`.
+
+    Raises UsageError.
+    """
     words = text.split(",")
     if len(words) in (3, 4):
         numbers = [_seconds(word, "--costs") for word in words]
@@ -97,10 +101,21 @@ def read_costs(text: str) -> GivenCosts:
         raise UsageError.mismatch("--costs", form, f"{text!r} ({error.strerror})") from None
     except ValueError as error:
         raise UsageError.mismatch(f"--costs {text}", "JSON", str(error)) from None
+    if isinstance(values, dict) and "traceEvents" in values:
+        return _traced(Path(text))
     if not isinstance(values, dict) or set(values) - set(KEYS) or not set(KEYS[:3]) <= set(values):
         found = ", ".join(values) if isinstance(values, dict) else type(values).__name__
         raise UsageError.mismatch(f"--costs {text}", f"an object with {', '.join(KEYS)}", found)
     return GivenCosts(*(_listed(values.get(key), f"--costs {text}: {key}") for key in KEYS))  # type: ignore[arg-type] # only message may lack
+
+
+def _traced(path: Path) -> GivenCosts:
+    costs = read_trace(path).costs
+    if costs is None:
+        fix = "trace a job with parallel.pipeline"
+        raise UsageError.mismatch(f"--costs {path}", "forwards and backwards of all stages", "others", fix)
+    values = costs.forward, costs.input_gradient, costs.weight_gradient, costs.message
+    return GivenCosts(*(value if isinstance(value, float) else list(value) for value in values))
 
 
 def _listed(value: object, where: str) -> float | list[float] | None:

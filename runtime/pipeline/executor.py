@@ -1,15 +1,17 @@
 """Runs a schedule: each rank goes through its row of actions, and waits only for what an action needs.
 
 [Note: beside]
-Receives are posted AHEAD of the action that needs them; sends go on while the next action computes. An output that has
-been sent is not kept: the backward begins at its place in the graph (`GradientEdge`). A stage's gradients are reduced
+Receives are posted AHEAD of the action that needs them; sends go on while the next action computes, and what was sent
+is let go once the neighbour has shown that it has it (`arrivals.py`). Of an output that has been sent nothing else is
+kept: the backward begins at its place in the graph (`GradientEdge`). A stage's gradients are reduced
 in its last backward, beside the other stages' actions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dstrain.runtime.gradients import GradientReducer
 from dstrain.runtime.pipeline.action_trace import ActionTrace
+from dstrain.runtime.pipeline.arrivals import Message
 from dstrain.runtime.pipeline.messages import Mailbox, Signature
 from dstrain.runtime.pipeline.part import ModelPart, tensors_of
 from dstrain.runtime.pipeline.split_backward import Splitter, WeightGradients
@@ -96,8 +99,12 @@ class Executor:
         self._splits = False
         self._endings: set[Action] = set()  # a stage's last action of gradients, which ends its sums
 
-    def run(self, row: Sequence[Action], feed: Feed) -> None:
-        """All actions of a step, or the forwards of a validation; returns when all that was sent has gone."""
+    def run(
+        self, row: Sequence[Action], feed: Feed, arrivals: Mapping[Action, Sequence[Message]] = MappingProxyType({})
+    ) -> None:
+        """All actions of a step, or the forwards of a validation; returns when all that was sent has gone.
+
+        arrivals: what of it is known to have gone behind an action."""
         self._feed = feed
         splits = any(action.kind is Kind.INPUT_GRADIENT for action in row)
         if splits and self._splitter is None:
@@ -113,18 +120,16 @@ class Executor:
                 done += 1
             with self._trace.action(action):
                 self._do[action.kind](action)
+            for message in arrivals.get(action, ()):
+                boundary = self._boundary(message.boundary)
+                (boundary.activations if message.is_output else boundary.gradients).gone(message.micro_batch)
         assert not self._held, "the schedule has been checked"
         assert not self._left, "the schedule has been checked"
         with self._trace.finishing():
-            for boundary in self._boundaries:
-                if boundary is not None:
-                    boundary.activations.finish()
-                    boundary.gradients.finish()
-
-    def forget(self) -> None:
-        """Behind an error: nothing of the step is left."""
-        self._held.clear()
-        self._left.clear()
+            for between in self._boundaries:
+                if between is not None:
+                    between.activations.finish()
+                    between.gradients.finish()
 
     # --- actions -----------------------------------------------------------------------------------------------
 

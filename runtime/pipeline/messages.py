@@ -10,7 +10,6 @@ A gradient that was there in the first backward and is None later is sent as zer
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -53,26 +52,25 @@ class Mailbox:
         self._forms: dict[Signature, Forms] = {}
         self._posted: dict[int, list[tuple[Tensor, Message] | None]] = {}
         self._kept: dict[int, Sequence[Tensor | None]] = {}
-        self._sent: deque[tuple[Message, Tensor]] = deque()
+        self._sent: dict[int, list[tuple[Message, Tensor]]] = {}
 
     def send(self, micro: int, signature: Signature, tensors: Sequence[Tensor | None]) -> None:
         """Send tensors, whose gradients are nobody's here; they must not change before they have gone."""
         if self._edge is None:
             self._kept[micro] = tensors
             return
-        while self._sent and self._sent[0][0].is_completed():
-            self._sent.popleft()
+        sent = self._sent[micro] = []
         forms = self._forms.get(signature)
         if forms is None:
             forms = self._forms[signature] = [_form(tensor) for tensor in tensors]
-            self._sent.extend(self._edge.send_object(forms, micro))
+            sent += self._edge.send_object(forms, micro)
         for number, (tensor, form) in enumerate(zip(tensors, forms, strict=True)):
             if form is not None:
                 filled = torch.zeros(form.shape, dtype=form.dtype, device=self._device) if tensor is None else tensor
                 self._check(filled, form)
                 whole = filled.detach().contiguous()
                 if whole.numel():
-                    self._sent.append((self._edge.send(whole, _tag(micro, number)), whole))
+                    sent.append((self._edge.send(whole, _tag(micro, number)), whole))
             elif tensor is not None:
                 self._refuse(f"a tensor of shape {tuple(tensor.shape)}", "none")
 
@@ -111,10 +109,15 @@ class Mailbox:
             taken.append(into.requires_grad_(form.requires_grad))
         return taken
 
+    def gone(self, micro: int) -> None:
+        """The other end has taken a micro-batch's: what was sent is not kept any longer."""
+        for message, _ in self._sent.pop(micro, ()):
+            message.wait()
+
     def finish(self) -> None:
         """Return once all has gone."""
-        while self._sent:
-            self._sent.popleft()[0].wait()
+        for micro in list(self._sent):
+            self.gone(micro)
 
     def _check(self, tensor: Tensor, form: Form) -> None:
         if (tuple(tensor.shape), tensor.dtype) != (form.shape, form.dtype):
@@ -132,9 +135,6 @@ class Mailbox:
 class _Done:
     def wait(self) -> None:
         return None
-
-    def is_completed(self) -> bool:
-        return True
 
 
 def _form(tensor: Tensor | None) -> Form | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.models.language import logits_of
 from dstrain.runtime.pipeline.action_trace import ActionTrace
+from dstrain.runtime.pipeline.arrivals import arrivals
 from dstrain.runtime.pipeline.cuts import chain_of
 from dstrain.runtime.pipeline.executor import Boundary, Executor, Feed
 from dstrain.runtime.pipeline.gradients import StagedGradients
@@ -49,6 +50,7 @@ class Pipeline:
         self._comm, self._columns = comm, columns
         self._boundaries = [self._boundary(stage) for stage in range(schedule.stages - 1)]
         self._executor: Executor | None = None
+        self._arrivals = arrivals(schedule.ranks, schedule.rank_of, self.place)
 
     def describe(self) -> str:
         """One line for people."""
@@ -81,7 +83,7 @@ class Pipeline:
     def train(self, feed: Feed) -> None:
         """Forwards and backwards of all micro-batches of a step."""
         assert self._executor is not None
-        self._executor.run(self.schedule.ranks[self.place], feed)
+        self._executor.run(self.schedule.ranks[self.place], feed, self._arrivals)
 
     @torch.no_grad()
     def forward(self, feed: Feed) -> None:

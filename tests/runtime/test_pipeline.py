@@ -84,18 +84,25 @@ def one_process(training: Training, data: int) -> dict[str, Any]:
 
 
 def engine_of(
-    comm: Communicator, training: Training, schedule: str, pipeline: int, stage: int, shard: int | None, **zero: Any
+    comm: Communicator,
+    training: Training,
+    schedule: str,
+    pipeline: int,
+    stage: int,
+    shard: int | None,
+    micro_batches: int = MICRO_BATCHES,
+    **zero: Any,
 ) -> Engine:
     dims = parallel_dims(comm.world_size, stage, pipeline, data_shard=shard)
     model = training.built()
-    plan = make_schedule(schedule, pipeline, MICRO_BATCHES)
+    plan = make_schedule(schedule, pipeline, micro_batches)
     check(plan)
     pipe = Pipeline(model, comm, dims, plan, balanced(parameters_of(model, chain_of(model)), plan.stages))
     config = EngineConfig(
         zero=ZeroConfig(stage=stage, bucket_elements=3000, resident_elements=0 if stage == 3 else 1 << 17, **zero),
         parallel=ParallelConfig(pipeline=pipeline, data_shard=shard),
         clip=0.5,
-        accumulation=MICRO_BATCHES,
+        accumulation=micro_batches,
         **training.config,
     )
     return Engine(

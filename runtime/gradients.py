@@ -26,7 +26,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,14 @@ _SAMPLED = 1024
 
 _NORM_ELEMENTS = 1 << 18
 """torch adds squares in fp32 on the CPU: the norm of 30 Mi numbers is wrong by 2e-3, of 256 Ki by 2e-6."""
+
+
+class Product(NamedTuple):
+    """A gradient that nobody has computed yet: (out, n) times (n, in). Added to a sum as it is computed, it is written
+    once, not written, read, and added."""
+
+    left: Tensor
+    right: Tensor
 
 
 class GradientBucket:
@@ -75,8 +83,19 @@ class GradientBucket:
         assert flat is not None
         return flat
 
-    def add(self, parameter: nn.Parameter) -> None:
-        """Take in the parameter's gradient: the first is copied, later ones are added."""
+    def add(self, parameter: nn.Parameter, product: Product | None = None) -> None:
+        """Take in the parameter's gradient: the first is copied, later ones are added. product: in its place."""
+        if product is not None and product.left.dtype == self.dtype:
+            view = self.views[parameter]
+            if parameter in self._absent:
+                torch.mm(product.left, product.right, out=view)
+                self._absent.remove(parameter)
+            else:
+                view.addmm_(product.left, product.right)
+            self.skip(parameter)
+            return
+        if product is not None:
+            parameter.grad = product.left @ product.right
         assert parameter.grad is not None
         if parameter in self._absent:
             self.views[parameter].copy_(parameter.grad)
@@ -242,9 +261,10 @@ class GradientReducer(ABC):
     def _reduces_in(self, last: bool) -> bool:
         return last
 
-    def take(self, parameter: Tensor) -> None:
-        """A gradient that no autograd has put into `parameter.grad`, but somebody else, within a backward."""
-        self._come(parameter)
+    def take(self, parameter: Tensor, product: Product | None = None) -> None:
+        """Within a backward, a gradient that no autograd has put into `parameter.grad`, but somebody else; or the
+        product in its place."""
+        self._come(parameter, product)
 
     def come_early(self, parameter: nn.Parameter) -> None:
         """A part of the gradient of this reducer's next backward: `parameter.grad`, which is taken."""
@@ -256,16 +276,17 @@ class GradientReducer(ABC):
     def changed(self, parameter: nn.Parameter) -> None:  # noqa: B027 # most have no copy of it
         """Somebody has changed `sum_of(parameter)`."""
 
-    def _come(self, parameter: Tensor) -> None:
-        if not self._in_backward:
+    def _come(self, parameter: Tensor, product: Product | None = None) -> None:
+        if not self._in_backward or (product is None and parameter.grad is None):  # it came in another way
             return
         assert isinstance(parameter, nn.Parameter)
         if self._early and parameter in self._early:
-            assert parameter.grad is not None
-            parameter.grad = parameter.grad + self._early.pop(parameter)
-        self._on_gradient(parameter)
+            gradient = parameter.grad if product is None else product.left @ product.right
+            assert gradient is not None
+            parameter.grad, product = gradient + self._early.pop(parameter), None
+        self._on_gradient(parameter, product)
 
-    def _on_gradient(self, parameter: nn.Parameter) -> None:
+    def _on_gradient(self, parameter: nn.Parameter, product: Product | None) -> None:
         bucket = self._bucket_of[parameter]
         if self._reduces and self._number_of[id(bucket)] in self._in_order[: self._launched]:
             self._refuse_late(bucket, parameter)
@@ -274,7 +295,7 @@ class GradientReducer(ABC):
         else:
             if bucket.flat is None:
                 self._open(bucket)
-            bucket.add(parameter)
+            bucket.add(parameter, product)
         if bucket.is_complete:
             if (number := self._number_of[id(bucket)]) not in self._completed:
                 self._completed.append(number)
@@ -367,13 +388,19 @@ class OwnGradients(GradientReducer):
         self._held.clear()
         self._storages.clear()
 
-    def _on_gradient(self, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
+    def _on_gradient(self, parameter: nn.Parameter, product: Product | None) -> None:
         gradient, parameter.grad = parameter.grad, None
         if not self._counts:
             return
-        if parameter in self._held:
-            self._held[parameter].add_(gradient)
+        held = self._held.get(parameter)
+        if product is not None:
+            if held is not None and held.dtype == product.left.dtype:
+                held.addmm_(product.left, product.right)
+                return
+            gradient = product.left @ product.right
+        assert gradient is not None
+        if held is not None:
+            held.add_(gradient)
             return
         gradient = gradient.to(self._bucket_of[parameter].dtype)
         storage = gradient.untyped_storage().data_ptr()

@@ -10,7 +10,7 @@ in its last backward, beside the other stages' actions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -86,7 +86,7 @@ class Executor:
             parameter: part.stage_of(name) for name, parameter in part.model.named_parameters()
         }
         self._foreign = {stage: [p for p in self._parameters[stage] if self._owner[p] != stage] for stage in part.own}
-        self._splitter: Splitter | None = None
+        self._splitter = Splitter(part.model)
         self._held: dict[tuple[int, int], _Held] = {}
         self._left: dict[tuple[int, int], WeightGradients] = {}
         self._do: dict[Kind, Callable[[Action], None]] = {
@@ -106,10 +106,7 @@ class Executor:
 
         arrivals: what of it is known to have gone behind an action."""
         self._feed = feed
-        splits = any(action.kind is Kind.INPUT_GRADIENT for action in row)
-        if splits and self._splitter is None:
-            self._splitter = Splitter(self._part.model)
-        self._splits = splits
+        self._splits = any(action.kind is Kind.INPUT_GRADIENT for action in row)
         self._endings = set(endings(row).values())
         receiving = [action for action in row if self._source(action) is not None]
         done = 0
@@ -138,7 +135,7 @@ class Executor:
         mailbox, training = self._source(action), torch.is_grad_enabled()
         received = [] if mailbox is None else self._take(mailbox, action)
         inputs = tuple(tensor for tensor in received if tensor is not None)
-        with self._splitter.forward() if self._splitter and self._splits else nullcontext():
+        with self._splitter.forward(self._splits):
             output = self._part.run(self._forward, stage, inputs, self._feed.arguments(micro))
         if stage == self._last:
             outputs: tuple[Tensor, ...] = (self._feed.loss(output, micro),)
@@ -154,14 +151,14 @@ class Executor:
     def _run_backward(self, action: Action) -> None:
         reducer = self._reducers[action.stage]
         reducer.begin_backward(action in self._endings, counts=self._feed.counts(action.micro_batch))
-        inputs = self._differentiate(action)
+        with self._splitter.backward(reducer):
+            inputs = self._differentiate(action)
         reducer.end_backward()
         self._keep_early(action.stage)
         self._send_back(action, inputs)
 
     def _run_input_gradient(self, action: Action) -> None:
-        assert self._splitter is not None
-        with self._splitter.backward(self._parameters[action.stage]) as left:
+        with self._splitter.input_gradients(self._parameters[action.stage]) as left:
             inputs = self._differentiate(action)
         self._left[action.stage, action.micro_batch] = left
         self._send_back(action, inputs)
@@ -170,10 +167,11 @@ class Executor:
         left, reducer = self._left.pop((action.stage, action.micro_batch)), self._reducers[action.stage]
         reducer.begin_backward(action in self._endings, counts=self._feed.counts(action.micro_batch))
         with torch.no_grad():
-            for parameter, gradient in left.compute(self._parameters[action.stage]):
-                parameter.grad = gradient
+            for parameter, product in left.compute(self._parameters[action.stage]):
                 if self._owner[parameter] == action.stage:
-                    reducer.take(parameter)
+                    reducer.take(parameter, product)
+                elif product is not None:
+                    parameter.grad = product.left @ product.right
         reducer.end_backward()
         self._keep_early(action.stage)
 

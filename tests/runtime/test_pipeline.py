@@ -318,3 +318,26 @@ def test_bytes_on_the_wire(run_ranks: RunRanks, stage: int, zero: dict[str, Any]
     for sent, size in run_ranks(4, work):
         beside = sent / 4 - messages
         assert least * HALF * size <= beside <= most * HALF * size + tied + totals, beside / (HALF * size)
+
+
+class Twice(nn.Module):
+    """A linear layer that is used several times, the first in vain; and one whose gradient somebody looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.watched = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.watched.weight.register_hook(lambda gradient: 2 * gradient)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear(x + 1)
+        doubled: Tensor = self.linear(self.linear(x).tanh())
+        return x + self.watched(doubled.tanh())
+
+
+@pytest.mark.parametrize(("schedule", "stage"), [("1f1b", 0), ("gpipe", 2), ("1f1b", 3), ("zb_h1", 0)])
+def test_layers_that_are_used_again_and_watched(run_ranks: RunRanks, schedule: str, stage: int) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(*(Twice() for _ in range(4)), nn.Linear(4, 3))
+
+    training = Training(model=model, task=lambda: SampleTask("pipeline_lab:difference"), batch=pairs)
+    assert_same(run_ranks(2, pipelined(schedule, 2, stage, training)), training)

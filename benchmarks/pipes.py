@@ -120,14 +120,14 @@ def dstrain(work: Work, schedule: str, stage: int = 0) -> Contender:
     from dstrain.runtime.optimizers import make_optimizer
     from dstrain.runtime.pipeline.pipeline import Pipeline
     from dstrain.runtime.spec.parallel_dims import parallel_dims
-    from dstrain.runtime.spec.schedule import make_schedule
+    from dstrain.runtime.spec.schedule import find_schedule
     from dstrain.runtime.spec.training_config import OptimizerConfig, ParallelConfig, ZeroConfig
     from dstrain.runtime.task import LanguageTask
 
     comm = Communicator(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     dims = parallel_dims(comm.world_size, stage, PIPELINE)
     model = nn.Sequential(*layers(work))
-    plan = make_schedule(schedule, PIPELINE, work.accumulation)
+    plan = find_schedule(schedule, PIPELINE, work.accumulation)
     pipe = Pipeline(model, comm, dims, plan, counts(work, plan.stages))
     config = EngineConfig(
         zero=ZeroConfig(stage=stage),  # type: ignore[arg-type]

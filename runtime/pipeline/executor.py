@@ -96,7 +96,7 @@ class Executor:
             Kind.WEIGHT_GRADIENT: self._run_weight_gradient,
         }
         self._feed: Feed
-        self._splits = False
+        self._split: set[tuple[int, int]] = set()  # stages and micro-batches whose backward is in two
         self._endings: set[Action] = set()  # a stage's last action of gradients, which ends its sums
 
     def run(
@@ -106,7 +106,7 @@ class Executor:
 
         arrivals: what of it is known to have gone behind an action."""
         self._feed = feed
-        self._splits = any(action.kind is Kind.INPUT_GRADIENT for action in row)
+        self._split = {action[1:] for action in row if action.kind is Kind.INPUT_GRADIENT}
         self._endings = set(endings(row).values())
         receiving = [action for action in row if self._source(action) is not None]
         done = 0
@@ -135,7 +135,7 @@ class Executor:
         mailbox, training = self._source(action), torch.is_grad_enabled()
         received = [] if mailbox is None else self._take(mailbox, action)
         inputs = tuple(tensor for tensor in received if tensor is not None)
-        with self._splitter.forward(self._splits):
+        with self._splitter.forward((stage, micro) in self._split):
             output = self._part.run(self._forward, stage, inputs, self._feed.arguments(micro))
         if stage == self._last:
             outputs: tuple[Tensor, ...] = (self._feed.loss(output, micro),)

@@ -22,7 +22,7 @@ from dstrain.runtime.pipeline.partition import balanced
 from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.spec.model_config import GPTConfig, HFConfig
 from dstrain.runtime.spec.parallel_dims import parallel_dims
-from dstrain.runtime.spec.schedule import check, make_schedule
+from dstrain.runtime.spec.schedule import check, find_schedule
 from dstrain.runtime.spec.training_config import OptimizerConfig, ParallelConfig, PrecisionConfig, ZeroConfig
 from dstrain.runtime.task import LanguageTask, SampleTask, Task
 
@@ -95,7 +95,7 @@ def engine_of(
 ) -> Engine:
     dims = parallel_dims(comm.world_size, stage, pipeline, data_shard=shard)
     model = training.built()
-    plan = make_schedule(schedule, pipeline, micro_batches)
+    plan = find_schedule(schedule, pipeline, micro_batches)
     check(plan)
     pipe = Pipeline(model, comm, dims, plan, balanced(parameters_of(model, chain_of(model)), plan.stages))
     config = EngineConfig(

@@ -17,7 +17,7 @@ from dstrain.runtime.engine import Engine, EngineConfig, TorchSchedule
 from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.spec.parallel_dims import parallel_dims
-from dstrain.runtime.spec.schedule import make_schedule
+from dstrain.runtime.spec.schedule import find_schedule
 from dstrain.runtime.spec.training_config import OptimizerConfig, ParallelConfig, ZeroConfig
 from dstrain.runtime.task import LanguageTask
 
@@ -54,7 +54,7 @@ def micro_batches(step: int) -> list[Tensor]:
 
 def ours(schedule: str, stage: int, optimizer: OptimizerConfig, steps: int) -> dict[str, Any]:
     with Communicator.connect() as comm:
-        model, plan = sequence(), make_schedule(schedule, comm.world_size, MICRO_BATCHES)
+        model, plan = sequence(), find_schedule(schedule, comm.world_size, MICRO_BATCHES)
         sizes = [len(model) // plan.stages] * plan.stages
         pipe = Pipeline(model, comm, parallel_dims(comm.world_size, stage, comm.world_size), plan, sizes)
         config = EngineConfig(

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 from trace_lab import check_file, names
 
 from dstrain.runtime import trainer
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.load import load_job
-from dstrain.runtime.spec.schedule import make_schedule
+from dstrain.runtime.spec.schedule import find_schedule, simulate
 from dstrain.runtime.spec.trace import Category, Collected, RankTrace, read_trace, write_trace
+from dstrain.runtime.task import SampleTask
 from dstrain.runtime.tracing.tracer import Tracer
 
 from .test_pipeline import Training, engine_of
@@ -88,7 +91,7 @@ def test_a_pipelines_actions_are_those_of_its_schedule(
     write_trace(path, traces_of(events))
     rows = check_file(path, ranks, [2, 3, 4])
     data = ranks // pipeline
-    plan = make_schedule(schedule, pipeline, 8 // data)
+    plan = find_schedule(schedule, pipeline, 8 // data)
     for rank in range(ranks):
         for step in (2, 3, 4):
             assert names(rows[rank, 1], step, *ACTIONS) == [str(action) for action in plan.ranks[rank // data]]
@@ -218,3 +221,55 @@ def test_a_process_alone_that_fails_within_the_traced_steps_writes_them(
     assert trainer.main([str(job), *words]) == 206
     rows = check_file(Path("trace.json"), 1, [2])
     assert names(rows[0, 1], 2, Category.UPDATE) == []
+
+
+class Resting(torch.autograd.Function):
+    """Takes its time, in the forward and twice that in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        time.sleep(2 * ctx.seconds)
+        return gradient, None
+
+
+class Slow(nn.Module):
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.linear, self.seconds = nn.Linear(4, 4), seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        rested: Tensor = Resting.apply(self.linear(x), self.seconds)  # type: ignore[no-untyped-call]
+        return rested
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b"])
+def test_the_planned_bubble_is_the_executed_one(run_ranks: RunRanks, tmp_path: Path, schedule: str) -> None:
+    """By the costs that the trace has, and nothing else of it: within 5 %. The last stage is slower than the others."""
+    training = Training(
+        model=lambda: nn.Sequential(*map(Slow, (0.02, 0.02, 0.02, 0.03)), nn.Linear(4, 3)),
+        task=lambda: SampleTask("pipeline_lab:difference"),
+        batch=lambda micro, generator: (torch.ones(2, 4), torch.zeros(2, 3)),
+    )
+
+    def work(rank: int) -> Events:
+        path = tmp_path / f"events-{rank}"
+        with Communicator.connect() as comm, path.open("wb") as file:
+            engine = engine_of(comm, training, schedule, 2, 0, None)
+            engine.tracer = Tracer(engine.trace, comm, (2, 4), EventWriter(file.fileno(), "", 0, rank))
+            for step in range(5):
+                engine.train_batch(training.task(), training.batches(step, 0))
+        return events_of(path)
+
+    traces = traces_of([event for events in run_ranks(2, work) for event in events])
+    write_trace(tmp_path / "trace.json", traces)
+    measured = read_trace(tmp_path / "trace.json")
+    assert measured.costs is not None
+    planned = simulate(find_schedule(schedule, 2, 4), measured.costs).bubble
+    assert measured.bubble == pytest.approx(planned, rel=0.05)
+    assert planned > 0.1

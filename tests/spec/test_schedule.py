@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.runtime.spec.errors import UsageError
-from dstrain.runtime.spec.schedule import UNIT, Action, Costs, Kind, Schedule, Timeline, make_schedule, simulate
+from dstrain.runtime.spec.schedule import (
+    SCHEDULE_NAMES,
+    UNIT,
+    Action,
+    Costs,
+    Kind,
+    Schedule,
+    Timeline,
+    check,
+    hastened,
+    make_schedule,
+    simulate,
+)
 
 RANKS, MICRO_BATCHES = range(1, 9), range(1, 33)
 KINDS = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 3), ("interleaved_1f1b", 4)]
@@ -194,3 +206,19 @@ def test_import_needs_the_standard_library_only() -> None:
     code = "import sys, dstrain.runtime.spec.schedule; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "pydantic", "yaml"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", SCHEDULE_NAMES)
+def test_the_last_gradients_leave_before_those_of_the_weights(name: str) -> None:
+    """1f1b waits (p - 1) · (F + I), not (p - 1) · (F + I + W)."""
+    costs = Costs(3.0, 2.0, 1.5)
+    for p in range(1, 9):
+        for m in (1, 2, 5, 16):
+            plain = make_schedule(name, p, m)
+            found = hastened(plain)
+            check(found)
+            timeline = simulate(found, costs)
+            assert timeline.makespan_s <= simulate(plain, costs).makespan_s
+            assert timeline.peak_in_flight == simulate(plain, costs).peak_in_flight
+            if name == "1f1b" and m >= p:
+                assert timeline.makespan_s == pytest.approx(m * 6.5 + (p - 1) * 5.0)

@@ -11,7 +11,7 @@ Standard library only.
 from dstrain.runtime.spec.schedule.action import Action, Kind
 from dstrain.runtime.spec.schedule.catalog import SCHEDULE_NAMES, find_schedule, make_schedule
 from dstrain.runtime.spec.schedule.csv_file import read_csv, write_csv
-from dstrain.runtime.spec.schedule.plan import Schedule, endings
+from dstrain.runtime.spec.schedule.plan import Schedule, endings, hastened
 from dstrain.runtime.spec.schedule.simulator import UNIT, Costs, Span, Timeline, simulate
 from dstrain.runtime.spec.schedule.svg_drawing import draw_svg
 from dstrain.runtime.spec.schedule.text_drawing import draw_text
@@ -31,6 +31,7 @@ __all__ = [
     "draw_text",
     "endings",
     "find_schedule",
+    "hastened",
     "make_schedule",
     "read_csv",
     "simulate",

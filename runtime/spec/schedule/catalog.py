@@ -9,7 +9,7 @@ from pathlib import Path
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.schedule import orders, zero_bubble
 from dstrain.runtime.spec.schedule.csv_file import read_csv
-from dstrain.runtime.spec.schedule.plan import Schedule
+from dstrain.runtime.spec.schedule.plan import Schedule, hastened
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ def make_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: in
 
 
 def find_schedule(wished: str | Path, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> Schedule:
-    """What `parallel.schedule` says: a name, or a user's own file, which is checked. Raises UsageError."""
+    """What `parallel.schedule` says: a name (`hastened`), or a user's own file, which is checked. Raises UsageError."""
     if isinstance(wished, Path):
         if not wished.is_file():
             expected = f"one of {', '.join(SCHEDULE_NAMES)}, or a CSV file"
             raise UsageError.mismatch("parallel.schedule", expected, f"{wished} (no such file)")
         return read_csv(wished, ranks, micro_batches)
-    return make_schedule(wished, ranks, micro_batches, stages_per_rank)
+    made = make_schedule(wished, ranks, micro_batches, stages_per_rank)
+    return made if wished == "gpipe" else hastened(made)  # where all backwards follow each other it would save nothing

@@ -56,3 +56,24 @@ def endings(row: Sequence[Action]) -> dict[int, Action]:
             found.pop(action.stage, None)
             found[action.stage] = action
     return found
+
+
+def hastened(schedule: Schedule) -> Schedule:
+    """The same, with the last backward of each stage but the first in two: what the stage before waits for leaves
+    before the weights' gradients are computed.
+
+    At the end of a step stages wait for these one behind the other: 1F1B is shorter by (p - 1) · W. What a split keeps
+    besides is least there, for most activations are gone.
+    """
+    rows = []
+    for row in schedule.ranks:
+        ending = {action for action in endings(row).values() if action.kind is Kind.BACKWARD and action.stage}
+        hasty: list[Action] = []
+        for action in row:
+            if action in ending:
+                halves = Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT
+                hasty += [Action(kind, action.stage, action.micro_batch) for kind in halves]
+            else:
+                hasty.append(action)
+        rows.append(hasty)
+    return schedule_of(schedule.name, schedule.micro_batches, rows, schedule.rank_of)

@@ -58,8 +58,11 @@ class Measured:
         either half of one is half of its time: no schedule of such asks for more."""
         stages = range(self.stages)
         of = self.seconds
-        halves = {stage: seconds / 2 for stage, seconds in of[Kind.BACKWARD].items()}
-        inputs, weights = halves | dict(of[Kind.INPUT_GRADIENT]), halves | dict(of[Kind.WEIGHT_GRADIENT])
+        inputs, weights = dict(of[Kind.INPUT_GRADIENT]), dict(of[Kind.WEIGHT_GRADIENT])
+        for stage, seconds in of[Kind.BACKWARD].items():  # there are more of these: the halves say how they divide
+            both = inputs.get(stage, 0.0) + weights.get(stage, 0.0)
+            share = inputs[stage] / both if stage in inputs and both else 0.5
+            inputs[stage], weights[stage] = seconds * share, seconds * (1 - share)
         if not stages or any(stage not in each for each in (of[Kind.FORWARD], inputs, weights) for stage in stages):
             return None
         return Costs(

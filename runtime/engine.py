@@ -128,7 +128,7 @@ class Engine:
     """Trains `module` alike on every rank.
 
     On construction rank 0's parameters and buffers are broadcast: one collective for each. A step reduces every
-    gradient once (at stages 2 and 3, once for each micro-batch), and all-reduces seven numbers; now and then a checksum
+    gradient once (at stages 2 and 3, once for each micro-batch), and all-reduces a few numbers; now and then a checksum
     of each rank's besides.
 
     global_step: steps done. micro_step: micro-batches of the step under way. learning_rate, grad_norm: of the last
@@ -334,6 +334,9 @@ class Engine:
         """
         assert self.pipeline is not None
         self.enter_step()
+        if len(batches) != self.config.accumulation:
+            expected = f"{self.config.accumulation} micro-batches"
+            raise UsageError.mismatch("engine.train_batch", expected, str(len(batches)))
         feed = TrainingFeed(task, batches)
         unit = self._choose_unit(max(feed.weights))
         feed.scale = self.scaler.value / unit

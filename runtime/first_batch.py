@@ -60,11 +60,18 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
+_OF_OTHER_RANKS = [
+    _HERE / name
+    for name in ("comm.py", "comm_group.py", "comm_edge.py", "pipeline/messages.py", "pipeline/gradients.py")
+]
+"""What fails there, others have failed before."""
+
+
 def _is_other(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         return True
     return any(
-        file.is_relative_to(_TORCH / "distributed") or (file.stem in ("comm", "comm_group") and file.parent == _HERE)
+        file.is_relative_to(_TORCH / "distributed") or file in _OF_OTHER_RANKS
         for file in (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__))
     )
 

@@ -280,7 +280,7 @@ class GradientReducer(ABC):
         if not self._in_backward or (product is None and parameter.grad is None):  # it came in another way
             return
         assert isinstance(parameter, nn.Parameter)
-        if self._early and parameter in self._early:
+        if self._counts and parameter in self._early:
             gradient = parameter.grad if product is None else product.left @ product.right
             assert gradient is not None
             parameter.grad, product = gradient + self._early.pop(parameter), None

@@ -17,14 +17,17 @@ import random
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dstrain.runtime.activation_checkpointing import checkpoint_activations
 from dstrain.runtime.checkpoint.load import load
@@ -220,10 +223,21 @@ class Trainer:
         """A step of a pipeline."""
         with self.engine.trace.span(Category.DATA, "batches"):
             batches = [loader.next() for _ in range(self.accumulation)]
+        if not self.has_begun:
+            self._compare(batches)
         with contextlib.nullcontext() if self.has_begun else explained(batches[0], self.comm.device):
             result = self.engine.train_batch(self.task, batches)
         self.has_begun = True
         return result
+
+    def _compare(self, batches: Sequence[Any]) -> None:
+        """The first stage takes the inputs, the last one the targets, each of its own. Raises UsageError."""
+        assert self.engine.pipeline is not None
+        tensors = [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)]
+        own = [zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors]
+        if len(set(map(tuple, self.engine.pipeline.column.all_gather_object(own)))) > 1:
+            expected, fix = "the same samples on all ranks of a pipeline", "draw what is random by the sample's number"
+            raise UsageError.mismatch("data with parallel.pipeline", expected, "others", fix)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -260,12 +274,18 @@ class Trainer:
     def _validate_batches(self, pipeline: Pipeline) -> Tensor:
         """The sum of the loss and what was counted, where the last stage is; so many at a time as in a step."""
         totals, taken = torch.zeros(2, dtype=torch.float64), self._validation_batches()
+        said_at = time.monotonic()
         while some := list(islice(taken, self.accumulation)):
             batches = [to_device(batch, self.comm.device) for batch, _ in some]
             feed = ValidationFeed(self.task, batches, [counts for _, counts in some])
-            pipeline.forward(feed)
+            what = "the first batch of validation"
+            with contextlib.nullcontext() if self.has_validated else explained(batches[0], self.comm.device, what):
+                pipeline.forward(feed)
+            self.has_validated = True
             totals += feed.totals.cpu()
-            self.report.alive()
+            if time.monotonic() - said_at > ALIVE_S:
+                self.report.alive()
+                said_at = time.monotonic()
         return totals
 
     def _validation_batches(self) -> Iterator[tuple[Batch, bool]]:
@@ -276,7 +296,8 @@ class Trainer:
         def share(rank: int) -> Iterator[Batch]:
             return validation.batches(samples, rank, data.world_size, self.micro)
 
-        if self.engine.weights.backward_gathers:
+        is_piped = self.engine.pipeline is not None  # one of its stages may gather where others do not
+        if self.engine.weights.backward_gathers or (is_piped and self.job.zero.stage == 3):
             return in_step(share(data.rank), lambda: share(0), data)
         return ((batch, True) for batch in share(data.rank))
 

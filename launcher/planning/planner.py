@@ -249,9 +249,12 @@ def _exposed_s(layout: Layout, flows: Sequence[Flow], costs: StageCosts, parts: 
 
 def _least_s(layout: Layout, costs: StageCosts, parts: Sequence[Part]) -> float:
     """For each rank: until the first micro-batch has come to it, its own work, and the last one's way back to the first
-    stage; where weights' gradients are split off, those may be done meanwhile."""
+    stage; where weights' gradients are split off (of other schedules those of the last one), they may be done
+    meanwhile."""
     is_split = layout.schedule in SPLIT
-    back_costs = costs.input_gradient if is_split else costs.backward
+    back_costs = list(costs.input_gradient)
+    if not is_split:
+        back_costs[0] = costs.backward[0]
     way = 0.0
     there: list[float] = []
     back: list[float] = []
@@ -263,6 +266,7 @@ def _least_s(layout: Layout, costs: StageCosts, parts: Sequence[Part]) -> float:
     for part in parts:
         first, times = min(part.stages), layout.micro_batches
         whole = times * sum(wholes[stage] for stage in part.stages)
-        needed = times * sum(costs.forward[stage] + back_costs[stage] for stage in part.stages)
+        weights = sum(costs.weight_gradient[stage] for stage in part.stages) * times
+        needed = whole - (weights if is_split else costs.weight_gradient[first])
         found.append(there[first] + max(whole, needed + back[first]))
     return max(found)

@@ -81,8 +81,12 @@ def layout_yaml(plan: Plan) -> Iterator[str]:
     zero = {"stage": layout.zero.stage}
     batch = {"global": layout.micro * layout.micro_batches * dims.data, "micro": layout.micro}
     for name, values in (("parallel", parallel), ("zero", zero), ("batch", batch)):
-        if values:
-            yield f"{name}: {{{', '.join(f'{key}: {value}' for key, value in values.items())}}}"
+        words = [f"{key}: {value}" for key, value in values.items()]
+        line = f"{name}: {{{', '.join(words)}}}"
+        if len(line) <= WIDTH:
+            yield from [line] if words else []
+        else:
+            yield from [f"{name}:", *(f"  {word}" for word in words)]
 
 
 # --- sections --------------------------------------------------------------------------------------------------

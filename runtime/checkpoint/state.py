@@ -59,13 +59,12 @@ class Held:
 @dataclass
 class Captured:
     """What this rank saves. held: as it lies in the engine, not copied. scalars: what its optimizer holds beside
-    tensors, by parameter. order: all names that this rank knows; trained: of parameters."""
+    tensors, by parameter. order: all names that this rank knows."""
 
     held: list[Held] = field(default_factory=list)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
-    trained: list[str] = field(default_factory=list)
 
 
 def model_tensors(engine: Engine) -> dict[str, Tensor]:
@@ -152,7 +151,7 @@ def capture(engine: Engine) -> Captured:
     weights, comm, data = engine.weights, engine.comm, engine.data
     shared, sharded, own = _Row(engine), _Row(engine), _Row(engine)
     alike = sharded if weights.sharers > 1 else shared  # by elements, or all of it
-    found = Captured(trained=[name for name, _ in engine.trained])
+    found = Captured()
     for full_name, tensor in model_tensors(engine).items():
         found.order.append(full_name)
         name = full_name.removeprefix("model.")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dstrain.runtime.models.gpt import GPT
 from dstrain.runtime.spec.errors import UsageError
 
 
@@ -40,9 +41,11 @@ class Chain:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """Names of a decoder's modules. after: between the entry and the blocks, of the first layer. optional: of these a
-    model may lack some."""
+    """Names of a decoder's modules. types: `config.model_type` of those whose forward does nothing with activations
+    outside of these modules (others scale them, on every stage again); none: not transformers'. after: between the
+    entry and the blocks, of the first layer."""
 
+    types: tuple[str, ...]
     entry: str
     blocks: str
     exits: tuple[str, ...]
@@ -51,24 +54,30 @@ class _Decoder:
 
 
 _DECODERS = (
-    _Decoder("token", "blocks", ("norm", "head")),
-    _Decoder("model.embed_tokens", "model.layers", ("model.norm", "lm_head")),
+    _Decoder((), "token", "blocks", ("norm", "head")),
+    _Decoder(("llama", "qwen2"), "model.embed_tokens", "model.layers", ("model.norm", "lm_head")),
     _Decoder(
-        "transformer.wte", "transformer.h", ("transformer.ln_f", "lm_head"), ("transformer.wpe",), ("transformer.drop",)
+        ("gpt2",),
+        "transformer.wte",
+        "transformer.h",
+        ("transformer.ln_f", "lm_head"),
+        ("transformer.wpe",),
+        ("transformer.drop",),
     ),
 )
-"""Our GPT; Llama, Qwen2 and others of transformers; GPT-2."""
+"""Our GPT; Llama and Qwen2 of transformers; GPT-2."""
 
 
 def chain_of(model: nn.Module) -> Chain:
     """The layers of a model. Raises UsageError for one that is no chain that is known here."""
     if isinstance(model, nn.Sequential):
-        names = [name for name, _ in model.named_children()]
+        names = list(model._modules)  # named_children leaves out what is there a second time
         return Chain(tuple(Layer(name, (name,)) for name in names))
     modules = dict(model.named_modules())
     for kind in _DECODERS:
         first = (kind.entry, *kind.zeros, *kind.after)
-        if all(name in modules for name in (*first, kind.blocks, *kind.exits)):
+        is_known = isinstance(model, GPT) if not kind.types else _type_of(model) in kind.types
+        if is_known and all(name in modules for name in (*first, kind.blocks, *kind.exits)):
             blocks = [f"{kind.blocks}.{name}" for name, _ in modules[kind.blocks].named_children()]
             layers = [Layer(kind.entry, first), *(Layer(name, (name,)) for name in blocks)]
             chain = Chain((*layers, Layer(kind.exits[-1], kind.exits)), kind.entry, kind.zeros)
@@ -77,6 +86,11 @@ def chain_of(model: nn.Module) -> Chain:
     expected = "our GPT, an nn.Sequential, or transformers' Llama, Qwen2 or GPT-2"
     fix = "let model.factory return an nn.Sequential, or a list of its layers"
     raise UsageError.mismatch("parallel.pipeline", expected, type(model).__name__, fix)
+
+
+def _type_of(model: nn.Module) -> str | None:
+    """transformers' word."""
+    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _refuse_strays(model: nn.Module, chain: Chain) -> None:

@@ -111,8 +111,7 @@ class Executor:
         receiving = [action for action in row if self._source(action) is not None]
         done = 0
         for action in row:
-            for later in receiving[done : done + 1 + AHEAD]:
-                self._post(later)
+            self._post(receiving[done : done + 1 + AHEAD])
             if done < len(receiving) and receiving[done] is action:
                 done += 1
             with self._trace.action(action):
@@ -154,7 +153,7 @@ class Executor:
         with self._splitter.backward(reducer):
             inputs = self._differentiate(action)
         reducer.end_backward()
-        self._keep_early(action.stage)
+        self._keep_early(action)
         self._send_back(action, inputs)
 
     def _run_input_gradient(self, action: Action) -> None:
@@ -173,7 +172,7 @@ class Executor:
                 elif product is not None:
                     parameter.grad = product.left @ product.right
         reducer.end_backward()
-        self._keep_early(action.stage)
+        self._keep_early(action)
 
     def _differentiate(self, action: Action) -> tuple[Tensor, ...]:
         """The backward of a stage, as far as its inputs, which it returns with their gradients."""
@@ -207,10 +206,15 @@ class Executor:
         with self._trace.waiting(action):
             return mailbox.take(action.micro_batch, self._feed.signatures[action.micro_batch])
 
-    def _post(self, action: Action) -> None:
-        mailbox = self._source(action)
-        if mailbox is not None:
-            mailbox.post(action.micro_batch, self._feed.signatures[action.micro_batch])
+    def _post(self, actions: Sequence[Action]) -> None:
+        """Receives come in the order of the messages: none behind one whose shapes are not known yet."""
+        unknown: set[Mailbox] = set()
+        for action in actions:
+            mailbox = self._source(action)
+            if mailbox is None or mailbox in unknown:
+                continue
+            if not mailbox.post(action.micro_batch, self._feed.signatures[action.micro_batch]):
+                unknown.add(mailbox)
 
     def _boundary(self, stage: int) -> Boundary:
         boundary = self._boundaries[stage]
@@ -219,8 +223,10 @@ class Executor:
 
     # --- a parameter that two stages of this rank have ---------------------------------------------------------
 
-    def _keep_early(self, stage: int) -> None:
-        """What a later stage's backward has made of an earlier one's parameter waits for that one's."""
-        for parameter in self._foreign[stage]:
-            if parameter.grad is not None:
+    def _keep_early(self, action: Action) -> None:
+        """What a stage's backward has made of another one's parameter waits for that one's."""
+        counts = self._feed.counts(action.micro_batch)
+        for parameter in self._foreign[action.stage]:
+            if parameter.grad is not None and counts:
                 self._reducers[self._owner[parameter]].come_early(parameter)
+            parameter.grad = None

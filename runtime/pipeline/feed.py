@@ -30,6 +30,8 @@ class TrainingFeed:
     def loss(self, output: Any, micro: int) -> Tensor:
         """What is differentiated, of the last stage's output."""
         loss, weight = self._task.loss_of(output, self._batches[micro]), self.weights[micro]
+        if not weight:  # a mean over nothing is no number, and nobody's
+            return loss
         counted = loss.new_tensor(weight, dtype=torch.float64)
         self.totals = self.totals.to(loss.device) + torch.stack([loss.detach().double() * weight, counted])
         return loss * (weight * self.scale)

@@ -79,12 +79,13 @@ def _seconds(
 
     timer = LayerTimer(model, chain, comm.device, parameter_dtype(precision), autocast)
     with explained(here, comm.device):
-        return recorded(folder, timer.key(here), lambda: timer.seconds(task_of(here, job.train.loss), here))
+        key = {**timer.key(here), "autocast": precision.autocast, "loss": job.train.loss}
+        return recorded(folder, key, lambda: timer.seconds(task_of(here, job.train.loss), here))
 
 
 def parameters_of(model: nn.Module, chain: Chain) -> list[float]:
     """Of each layer; a tied one counts in each layer that has it."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     return [
         float(sum(p.numel() for name in layer.modules for p in modules[name].parameters())) for layer in chain.layers
     ]

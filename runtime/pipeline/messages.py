@@ -59,6 +59,8 @@ class Mailbox:
         if self._edge is None:
             self._kept[micro] = tensors
             return
+        if len(tensors) > _TENSORS:
+            self._refuse(f"at most {_TENSORS} tensors", str(len(tensors)))
         sent = self._sent[micro] = []
         forms = self._forms.get(signature)
         if forms is None:
@@ -74,11 +76,13 @@ class Mailbox:
             elif tensor is not None:
                 self._refuse(f"a tensor of shape {tuple(tensor.shape)}", "none")
 
-    def post(self, micro: int, signature: Signature) -> None:
-        """Be ready for what will come, where that is known."""
+    def post(self, micro: int, signature: Signature) -> bool:
+        """Be ready for what will come; returns whether it is known what that is."""
+        if self._edge is None or micro in self._posted:
+            return True
         forms = self._forms.get(signature)
-        if self._edge is None or forms is None or micro in self._posted:
-            return
+        if forms is None:
+            return False
         posted: list[tuple[Tensor, Message] | None] = []
         for number, form in enumerate(forms):
             if form is None:
@@ -88,6 +92,7 @@ class Mailbox:
             pending: Message = self._edge.receive(into, _tag(micro, number)) if into.numel() else _Done()
             posted.append((into, pending))
         self._posted[micro] = posted
+        return True
 
     def take(self, micro: int, signature: Signature) -> list[Tensor | None]:
         """What has come, as leaves that require gradients where the sender's did."""
@@ -126,9 +131,9 @@ class Mailbox:
     def _refuse(self, expected: str, found: str) -> None:
         raise UsageError.mismatch(
             f"parallel.pipeline: {self._where}",
-            f"{expected}, as of micro-batches of the same shapes before",
+            expected,
             found,
-            "let shapes between stages follow from those of the batch",
+            "shapes between stages must follow from those of the batch",
         )
 
 

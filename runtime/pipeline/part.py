@@ -9,7 +9,7 @@ head too) is on each stage that uses it, under the first of its names: the modul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,11 @@ class _Received(nn.Module):
         self.value: Any = None
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return self.value
+        if self.value is None:
+            expected = "a model whose embedding runs once in a forward"
+            raise UsageError.mismatch("parallel.pipeline", expected, "it runs twice", "leave out token_type_ids")
+        value, self.value = self.value, None
+        return value
 
 
 class ModelPart:
@@ -58,7 +62,7 @@ class ModelPart:
         self.own = own = schedule.stages_on(pipeline_rank)
         self._ended = list(endings(schedule.ranks[pipeline_rank]))
         self._received = _Received()
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         stage_of = {
             name: stage
             for stage, places in enumerate(layers)
@@ -86,6 +90,8 @@ class ModelPart:
             needed = any(mine & holders[parameter] for parameter in real.parameters())
             if stage not in mine and not needed:
                 modules[parent]._modules[child] = real = Elsewhere()
+            elif stage not in mine:
+                _keep(real, lambda parameter: bool(mine & holders[parameter]))
             self._places[name] = (modules[parent], child, real, silent)
         self._stage_of = stage_of
         own_names = {name for name, _ in model.named_parameters()}
@@ -128,13 +134,22 @@ class ModelPart:
         the model's own arguments."""
         args, words = batch
         with self.active(stage):
+            is_last = stage == len(self.layers) - 1
             if stage == 0:
-                return forward(*args, **words)
+                return forward(*args, **(words if is_last or not self.chain.entry else _without_targets(words)))
             value = received[0] if len(received) == 1 else received
             if self.chain.entry:
                 self._received.value = value
-                return forward(*args, **words)
+                return forward(*args, **(words if is_last else _without_targets(words)))
             return forward(value)
+
+
+def _keep(module: nn.Module, keeps: Callable[[nn.Parameter], bool]) -> None:
+    """Drop the other parameters of a module that is never run."""
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None and not keeps(parameter):
+                inner._parameters[name] = None
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
@@ -145,13 +160,19 @@ def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
     return stand_in
 
 
+def _without_targets(words: Mapping[str, Any]) -> dict[str, Any]:
+    """A model that is told its targets would take what it hands on for its result."""
+    return {name: value for name, value in words.items() if name != "labels"}
+
+
 def tensors_of(output: Any, where: str) -> tuple[Tensor, ...]:
     """What a stage gives to the next: a tensor, several, or a transformers output's. Raises UsageError."""
     if isinstance(output, Tensor):
         return (output,)
     if hasattr(output, "logits"):
         return (output.logits,)
-    if isinstance(output, tuple | list) and output and all(isinstance(one, Tensor) for one in output):
+    if isinstance(output, tuple | list) and len(output) > 1 and all(isinstance(one, Tensor) for one in output):
         return tuple(output)
-    expected = "a tensor or a tuple of tensors between two stages"
-    raise UsageError.mismatch(f"parallel.pipeline: {where}", expected, type(output).__name__)
+    expected = "a tensor or a tuple of several tensors between two stages"
+    found = f"{type(output).__name__} of {len(output)}" if isinstance(output, tuple | list) else type(output).__name__
+    raise UsageError.mismatch(f"parallel.pipeline: {where}", expected, found)

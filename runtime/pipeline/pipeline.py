@@ -64,11 +64,6 @@ class Pipeline:
             f"{of_stages} layers{times}"
         )
 
-    @property
-    def is_last(self) -> bool:
-        """Whether this rank has the last stage, and so the loss."""
-        return self.place == self.last
-
     def attach(
         self,
         forward: Callable[..., Any],

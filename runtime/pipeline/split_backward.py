@@ -73,7 +73,8 @@ class Splitter:
         self._is_on = self._in_backward = False
         self._uses: Counter[nn.Linear] = Counter()
         self._waiting: dict[nn.Linear, list[_Use]] = {}
-        holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+        everywhere = (module for _, module in model.named_modules(remove_duplicate=False))
+        holders = Counter(id(p) for module in everywhere for p in module._parameters.values())
         self._shared = {known for known, count in holders.items() if count > 1}
         for module in model.modules():
             if type(module) is nn.Linear and "forward" not in vars(module):
@@ -165,7 +166,7 @@ class Splitter:
 
     def _takes(self, layer: nn.Linear, given: Tensor) -> bool:
         """Whether nobody else looks at the gradients of a layer; in a whole backward, nor adds to them."""
-        if torch.is_autocast_enabled(given.device.type):
+        if torch.is_autocast_enabled(given.device.type) or "weight" not in layer._parameters:  # made of others
             return False
         parameters = [p for p in layer._parameters.values() if p is not None]
         return not any(p._backward_hooks or (id(p) in self._shared and not self._splits) for p in parameters)

@@ -50,7 +50,7 @@ class LayerTimer:
         """dtype: that parameters in fp32 will have."""
         self._model, self._chain, self._device = model, chain, device
         self._dtype, self._autocast = dtype, autocast
-        self._modules = dict(model.named_modules())
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         cast_buffers(model, dtype)
 
     def seconds(self, task: Task, batch: Any) -> list[float]:

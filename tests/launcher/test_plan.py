@@ -26,7 +26,7 @@ from dstrain.runtime.spec.errors import DstrainError, UsageError
 from dstrain.runtime.spec.gpt_shapes import gpt_shapes
 from dstrain.runtime.spec.load import job_of
 from dstrain.runtime.spec.parallel_dims import ParallelDims
-from dstrain.runtime.spec.schedule import SCHEDULE_NAMES, make_schedule, simulate
+from dstrain.runtime.spec.schedule import SCHEDULE_NAMES, find_schedule, simulate
 
 GPT = {"layers": 6, "width": 64, "heads": 2, "context": 32, "vocabulary": 256}
 LARGE = {"layers": 24, "width": 4096, "heads": 32, "context": 2048, "vocabulary": 50304}
@@ -284,7 +284,7 @@ PIPED = ["--set", "parallel.pipeline=2", "--set", "batch.global=2", "--set", "pa
 
 def test_a_users_own_schedule_is_planned(folder: Path) -> None:
     """That of 1f1b, written by hand."""
-    Path("own.csv").write_text("0F0,0F1,0B0,,0B1\n1F0,1B0,1F1,1B1\n")
+    Path("own.csv").write_text("0F0,0F1,0B0,,0B1\n1F0,1B0,1F1,1I1,1W1\n")
     own = json.loads(plan("job.yaml", "--hosts", "a:2", *PIPED, "--json"))
     assert own["layout"]["schedule"] == "own.csv"
     named = json.loads(plan("job.yaml", "--hosts", "a:2", *PIPED, "--set", "parallel.schedule=1f1b", "--json"))
@@ -324,8 +324,9 @@ def test_the_bubble_of_1f1b_is_the_formulas(folder: Path, ranks: int, micro_batc
     gpt = "model.gpt.layers=16"
     words = ["--set", f"parallel.pipeline={ranks}", "--set", batch, "--set", gpt, "--costs", "1,1,1,0", "--json"]
     said = json.loads(plan("job.yaml", "--hosts", f"a:{ranks}", *words))
-    assert said["bubble"] == pytest.approx((ranks - 1) / (micro_batches + ranks - 1))
-    assert said["makespan_s"] == pytest.approx(3 * (micro_batches + ranks - 1))
+    makespan = 3 * micro_batches + 2 * (ranks - 1)
+    assert said["makespan_s"] == pytest.approx(makespan)
+    assert said["bubble"] == pytest.approx(2 * (ranks - 1) / makespan)
 
 
 def test_costs_of_each_stage_come_from_a_file(folder: Path) -> None:
@@ -345,7 +346,7 @@ def test_costs_of_each_stage_come_from_a_file(folder: Path) -> None:
 def test_a_small_schedule_is_simulated_whole(name: str, micro_batches: int) -> None:
     sections = {"parallel": {"pipeline": 4, "schedule": name}, "batch": {"global": micro_batches, "micro": 1}}
     found = planned(job(GPT, **sections), "a:4")
-    whole = simulate(make_schedule(name, 4, micro_batches), found.costs.for_simulator())
+    whole = simulate(find_schedule(name, 4, micro_batches), found.costs.for_simulator())
     assert found.makespan_s == whole.makespan_s
     assert found.bubble == pytest.approx(whole.bubble)
 
@@ -361,7 +362,7 @@ def test_a_schedule_that_was_cut_short_takes_as_long_as_a_whole_one(name: str, r
     layout = layout_of(config, ranks)
     short = planner.plan(layout)
     assert short.schedule.micro_batches == enough(layout) < micro_batches
-    whole = simulate(make_schedule(name, ranks, micro_batches), short.costs.for_simulator())
+    whole = simulate(find_schedule(name, ranks, micro_batches), short.costs.for_simulator())
     assert short.makespan_s == pytest.approx(whole.makespan_s, rel=0.01)
     assert short.bubble == pytest.approx(whole.bubble, abs=0.01)
     if name != "gpipe":

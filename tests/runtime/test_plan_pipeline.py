@@ -101,12 +101,11 @@ def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
 
 
 def state_of(engine: Engine) -> dict[str, list[Tensor | None]]:
-    """The tensors of each kind, but activations. gone: messages that have been taken and are still there: Gloo, other
-    than NCCL, does not say of a message that it has gone."""
+    """The tensors of each kind, but activations."""
     weights, gradients, pipeline = engine.weights, engine.gradients, engine.pipeline
     assert isinstance(gradients, StagedGradients)
     assert pipeline is not None
-    kinds: dict[str, list[Tensor | None]] = {kind: [] for kind in (*KINDS, "gone")}
+    kinds: dict[str, list[Tensor | None]] = {kind: [] for kind in KINDS}
     for reducer in gradients.of_stage.values():
         kinds["gradients"] += reducer._early.values()
         if isinstance(reducer, ShardedGradients):
@@ -127,9 +126,7 @@ def state_of(engine: Engine) -> dict[str, list[Tensor | None]]:
     for boundary in pipeline._boundaries:
         for mailbox in [] if boundary is None else [boundary.activations, boundary.gradients]:
             posted = [each[0] for both in mailbox._posted.values() for each in both if each is not None]
-            sent = [whole for _, whole in mailbox._sent]
-            kinds["messages"] += [*posted, *sent[-1:]]
-            kinds["gone"] += sent[:-1]
+            kinds["messages"] += [*posted, *(whole for each in mailbox._sent.values() for _, whole in each)]
     return kinds
 
 
@@ -140,7 +137,6 @@ def sizes_of(engine: Engine, living: Living, batches: dict[int, int]) -> dict[st
         found = storages(tensors)
         sizes[kind] = sum(size for place, size in found.items() if place not in seen)
         seen |= found.keys()
-    del sizes["gone"]
     sizes["activations"] = sum(size for place, size in living.now().items() if place not in seen)
     return sizes
 

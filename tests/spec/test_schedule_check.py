@@ -137,3 +137,10 @@ def test_csv_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
 def test_csv_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.csv: expected a schedule as CSV, found .*No such file"):
         read_csv(tmp_path / "none.csv", 2, 1)
+
+
+def test_neighbours_take_micro_batches_in_one_order(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("0F0,0F1,0B0,0B1\n1F1,1F0,1B1,1B0\n")
+    with pytest.raises(ScheduleError, match=r"expected 1F0, for 0F0 comes first from stage 0, found 1F1") as error:
+        check(read_csv(tmp_path / "own.csv", 2, 2))
+    assert (error.value.rank, error.value.cell) == (1, 0)

@@ -62,5 +62,4 @@ def find_schedule(wished: str | Path, ranks: int, micro_batches: int, stages_per
             expected = f"one of {', '.join(SCHEDULE_NAMES)}, or a CSV file"
             raise UsageError.mismatch("parallel.schedule", expected, f"{wished} (no such file)")
         return read_csv(wished, ranks, micro_batches)
-    made = make_schedule(wished, ranks, micro_batches, stages_per_rank)
-    return made if wished == "gpipe" else hastened(made)  # where all backwards follow each other it would save nothing
+    return hastened(make_schedule(wished, ranks, micro_batches, stages_per_rank))

@@ -7,7 +7,7 @@ nothing and are not kept. "Cell 3 of rank 1" is the fourth action of that row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dstrain.runtime.spec.schedule.action import Action, Kind
@@ -43,7 +43,7 @@ def in_a_v(ranks: int) -> tuple[int, ...]:
     return (*range(ranks), *reversed(range(ranks)))
 
 
-def schedule_of(name: str, micro_batches: int, rows: Sequence[Sequence[Action]], rank_of: tuple[int, ...]) -> Schedule:
+def schedule_of(name: str, micro_batches: int, rows: Iterable[Sequence[Action]], rank_of: tuple[int, ...]) -> Schedule:
     """A builder's rows as a schedule."""
     return Schedule(name, len(rank_of), micro_batches, tuple(map(tuple, rows)), rank_of)
 
@@ -59,21 +59,20 @@ def endings(row: Sequence[Action]) -> dict[int, Action]:
 
 
 def hastened(schedule: Schedule) -> Schedule:
-    """The same, with the last backward of each stage but the first in two: what the stage before waits for leaves
-    before the weights' gradients are computed.
+    """The same, with all backwards behind a rank's last forward in two, but those of the first stage: what the stage
+    before waits for leaves before the weights' gradients are computed.
 
-    At the end of a step stages wait for these one behind the other: 1F1B is shorter by (p - 1) · W. What a split keeps
-    besides is least there, for most activations are gone.
+    At the end of a step stages wait for these one behind the other: GPipe and 1F1B are shorter by (p - 1) · W. What a
+    split keeps besides is that of one backward, while activations become fewer.
     """
-    rows = []
-    for row in schedule.ranks:
-        ending = {action for action in endings(row).values() if action.kind is Kind.BACKWARD and action.stage}
-        hasty: list[Action] = []
-        for action in row:
-            if action in ending:
-                halves = Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT
-                hasty += [Action(kind, action.stage, action.micro_batch) for kind in halves]
-            else:
-                hasty.append(action)
-        rows.append(hasty)
-    return schedule_of(schedule.name, schedule.micro_batches, rows, schedule.rank_of)
+    return schedule_of(schedule.name, schedule.micro_batches, map(_hasty, schedule.ranks), schedule.rank_of)
+
+
+def _hasty(row: Sequence[Action]) -> Sequence[Action]:
+    last_forward = max(place for place, action in enumerate(row) if action.kind is Kind.FORWARD)
+    found = list(row[:last_forward])
+    for kind, stage, micro_batch in row[last_forward:]:
+        halves = kind is Kind.BACKWARD and stage
+        kinds = (Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT) if halves else (kind,)
+        found += [Action(each, stage, micro_batch) for each in kinds]
+    return found

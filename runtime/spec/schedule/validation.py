@@ -18,8 +18,8 @@ _WHOLE = ("FB", "FIW")
 def check(schedule: Schedule) -> None:
     """Raises ScheduleError at the first cell that is wrong, UsageError for numbers that are.
 
-    Every stage has for every micro-batch one F, then one B or one I and later one W, on its own rank; and, simulated,
-    all ranks come to their ends.
+    Every stage has for every micro-batch one F, then one B or one I and later one W, on its own rank; simulated, all
+    ranks come to their ends; and neighbouring stages take micro-batches in one order, as messages are.
     """
     _check_numbers(schedule)
     done: defaultdict[tuple[int, int], str] = defaultdict(str)
@@ -37,6 +37,31 @@ def check(schedule: Schedule) -> None:
             if done[stage, micro_batch] not in _WHOLE:
                 raise _incomplete(schedule, rank, Action(Kind.FORWARD, stage, micro_batch), done[stage, micro_batch])
     simulate(schedule)
+    _check_orders(schedule)
+
+
+def _check_orders(schedule: Schedule) -> None:
+    """Messages from one stage to the next, and back, are taken in the order in which they are sent."""
+    forwards: list[list[tuple[int, int, Action]]] = [[] for _ in range(schedule.stages)]
+    backwards: list[list[tuple[int, int, Action]]] = [[] for _ in range(schedule.stages)]
+    for rank, row in enumerate(schedule.ranks):
+        for cell, action in enumerate(row):
+            if action.kind is not Kind.WEIGHT_GRADIENT:
+                (forwards if action.kind is Kind.FORWARD else backwards)[action.stage].append((rank, cell, action))
+    for stage in range(schedule.stages - 1):
+        if schedule.rank_of[stage] != schedule.rank_of[stage + 1]:
+            _check_order(schedule, forwards[stage], forwards[stage + 1])
+            _check_order(schedule, backwards[stage + 1], backwards[stage])
+
+
+def _check_order(schedule: Schedule, sent: list[tuple[int, int, Action]], taken: list[tuple[int, int, Action]]) -> None:
+    for (_, _, sends), (rank, cell, takes) in zip(sent, taken, strict=True):
+        if sends.micro_batch != takes.micro_batch:
+            expected = (
+                f"{takes._replace(micro_batch=sends.micro_batch)}, for {sends} comes first from stage {sends.stage}"
+            )
+            fix = "let neighbours take micro-batches in one order"
+            raise error_at(schedule, {(rank, cell): str(takes)}, expected, str(takes), fix)
 
 
 def _check_numbers(schedule: Schedule) -> None:

@@ -130,6 +130,7 @@ def test_a_plan_fits_80_columns(hosts: str, sections: dict[str, Any]) -> None:
         assert max(map(len, lines)) <= WIDTH, max(lines, key=len)
 
 
+@pytest.mark.slow
 def test_a_search_fits_80_columns() -> None:
     planner = planner_of(
         job(GIANT, batch={"global": 65536, "micro": 1}, precision={"dtype": "bf16"}), "n[1-512]:8", memory=("1024GiB",)

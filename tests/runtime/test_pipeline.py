@@ -188,6 +188,7 @@ def test_recomputed_activations(run_ranks: RunRanks, schedule: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_lower_precision(run_ranks: RunRanks, dtype: str) -> None:
+    """Parameters to a unit in bf16's last place, which is less than ten steps move them."""
     training = Training(config={"precision": PrecisionConfig(dtype=dtype)})
     assert_same(
         run_ranks(2, pipelined("zb_h1", 2, 1, training)), training, looser=150.0

@@ -213,7 +213,7 @@ def differences(case: str, found: dict[str, int], expected: Memory) -> list[str]
 CASES = [(schedule, stage) for schedule in ("1f1b", "zb_v") for stage in (0, 2, 3)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_each_pipeline_rank_is_as_planned(run_ranks: RunRanks, ranks: int) -> None:
     configs = [job(schedule, stage, ranks) for schedule, stage in CASES]
     assert_planned(run_ranks, ranks, configs)

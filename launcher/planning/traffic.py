@@ -9,7 +9,7 @@ Of Ψ elements of trained parameters, N ranks that share one copy, R copies, m m
                  backwards, and once what stays whole (all, with `zero.reshard: step`)
     stages       activations to the next pipeline stage and their gradients back, m times each
     tied         all-reduce of gradients that several stages have, 2·(k−1)/k over k ranks
-A rank's seven numbers at the end of a step, and checksums, are left out.
+A rank's a few numbers at the end of a step, and checksums, are left out.
 """
 
 from __future__ import annotations

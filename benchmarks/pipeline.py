@@ -86,7 +86,7 @@ train: {steps: 14, sample_bytes: 0, eval_samples: 2}
 
 
 def bubble(_: Work, rounds: int, names: list[str]) -> None:
-    """Real jobs with `--trace`, 8 steps each; the plan gets nothing but the trace's costs."""
+    """Real jobs with `--trace`, 8 steps each; the plan gets nothing but the trace, whose steps it replays."""
     dstrain = [sys.executable, "-c", "from dstrain.launcher.cli import main; main()"]
     for name in [name for name in names if name in SCHEDULE_NAMES] or SCHEDULE_NAMES:
         executed, planned = [], []

@@ -15,6 +15,7 @@ from pathlib import Path
 from dstrain.launcher.console import Console, ConsoleOptions, exit_quietly_on_closed_pipe
 from dstrain.launcher.console_views import show_plan
 from dstrain.launcher.plan import Request, Target, make_plan
+from dstrain.launcher.planning.layout_check import check_layout
 from dstrain.launcher.run_dir import RunDir, new_run_id
 from dstrain.launcher.transport import ConnectOptions, SshProgram
 from dstrain.runtime.spec.errors import UsageError
@@ -67,6 +68,7 @@ def run_name(text: str | None) -> str | None:
 def dry_run(request: Request, ssh: SshProgram, as_json: bool) -> int:
     """Print the plan. Hosts are contacted only if their GPUs must be counted."""
     slots = [request.slots(host) for host in request.hosts]
+    check_layout(request, slots)
     if None in slots:
         with tempfile.TemporaryDirectory() as folder:
             options = ConsoleOptions(quiet=not as_json, json=as_json)
@@ -84,7 +86,9 @@ def run(
     name: str | None,
     plan_only: bool = False,
 ) -> int:
-    """Start the supervisor as a process of its own and be the console; returns the exit code."""
+    """Start the supervisor as a process of its own and be the console; returns the exit code. Raises UsageError, before
+    any host is touched, for a job whose layout fits no such ranks."""
+    check_layout(request, [request.slots(host) for host in request.hosts])
     _raise_file_limit()
     run_id = new_run_id(name)
     run_directory = RunDir.create(base, run_id)

@@ -1,8 +1,9 @@
 """Another attempt on other hosts: how many ranks on each, and a job that fits them. Pure.
 
 batch.global is never changed: it is what the training means. Accumulation makes up for fewer ranks; where the ranks do
-not divide it, batch.micro falls, and only where no micro-batch does, fewer slots are used. Never more ranks than in the
-first attempt, never a larger micro-batch, so memory does not rise but by what is sharded over fewer ranks.
+not divide it, batch.micro falls, and only where no micro-batch does, fewer slots are used; a pipeline keeps its length.
+Never more ranks than in the first attempt, never a larger micro-batch, so memory does not rise but by what is sharded
+over fewer ranks.
 """
 
 from __future__ import annotations
@@ -35,22 +36,26 @@ def fit(job: str | None, first: Sequence[int], offered: Sequence[int], least_hos
     if len(offered) < least_hosts:
         return None
     values: dict[str, Any] = json.loads(job) if job else {}
-    batch = values.get("batch")
-    for ranks in range(min(sum(offered), sum(first)), 0, -1):
-        micro = micro_batch(batch["global"], batch["micro"], ranks) if batch else 0
+    batch, parallel = values.get("batch"), values.get("parallel") or {}
+    pipeline = parallel.get("pipeline") or 1
+    most = min(sum(offered), sum(first))
+    for ranks in range(most - most % pipeline, 0, -pipeline):
+        data_ranks = ranks // pipeline
+        micro = micro_batch(batch["global"], batch["micro"], data_ranks) if batch else 0
         slots = spread(offered, ranks, least_hosts) if micro is not None else None
         if slots is None or micro is None:
             continue
         changes = []
         if batch and (ranks, micro) != (sum(first), batch["micro"]):
-            changes.append(_batch_line(batch, micro, ranks))
-        if ranks < min(sum(offered), sum(first)):
-            changes.append(f"{ranks} of {sum(offered)} slots are used, so that batch.global divides")
+            changes.append(_batch_line(batch, micro, data_ranks, "ranks" if pipeline == 1 else "data ranks"))
+        if ranks < most:
+            why = "batch.global divides" if pipeline == 1 else "batch.global and parallel.pipeline divide"
+            changes.append(f"{ranks} of {sum(offered)} slots are used, so that {why}")
         if batch:
             values["batch"] = batch | {"micro": micro}
-        if grouped := regroup(values.get("parallel") or {}, sum(first), ranks):
-            values["parallel"] = values["parallel"] | grouped
-            changes.append(_group_line(grouped, ranks))
+        if grouped := regroup(parallel, sum(first) // pipeline, data_ranks):
+            values["parallel"] = parallel | grouped
+            changes.append(_group_line(grouped, data_ranks))
         return Fit(slots, json.dumps(values) if job else None, tuple(changes))
     return None
 
@@ -72,15 +77,15 @@ def spread(offered: Sequence[int], ranks: int, least_hosts: int) -> tuple[int, .
 
 
 def micro_batch(whole: int, micro: int, ranks: int) -> int | None:
-    """The largest micro-batch, at most `micro`, with which `ranks` ranks make up `whole` samples."""
+    """The largest micro-batch, at most `micro`, with which `ranks` data ranks make up `whole` samples."""
     if whole % ranks:
         return None
     return next(size for size in range(min(micro, whole // ranks), 0, -1) if (whole // ranks) % size == 0)
 
 
 def regroup(parallel: dict[str, Any], first_ranks: int, ranks: int) -> dict[str, int | None]:
-    """The keys of `parallel` that must change: groups keep their size, or become one of all ranks, which needs the
-    least memory."""
+    """The keys of `parallel` that must change, for so many data ranks: groups keep their size, or become one of all,
+    which needs the least memory."""
     shard, replicate = parallel.get("data_shard"), parallel.get("data_replicate")
     if shard is None and replicate is None:
         return {}
@@ -91,10 +96,10 @@ def regroup(parallel: dict[str, Any], first_ranks: int, ranks: int) -> dict[str,
     return {"data_replicate": groups} if replicate not in (None, groups) else {}
 
 
-def _batch_line(batch: dict[str, Any], micro: int, ranks: int) -> str:
+def _batch_line(batch: dict[str, Any], micro: int, ranks: int, noun: str) -> str:
     count = batch["global"] // (micro * ranks)
     was = f" (batch.micro was {batch['micro']})" if micro != batch["micro"] else ""
-    return f"batch.global stays {batch['global']}: {ranks} ranks × {count} × {micro} samples{was}"
+    return f"batch.global stays {batch['global']}: {ranks} {noun} × {count} × {micro} samples{was}"
 
 
 def _group_line(grouped: dict[str, int | None], ranks: int) -> str:

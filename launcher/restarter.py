@@ -10,9 +10,11 @@ from dstrain.launcher.attempt import Outcome
 from dstrain.launcher.console_text import fold_hosts
 from dstrain.launcher.event_loop import EventLoop
 from dstrain.launcher.plan import LaunchPlan, Request, make_plan
+from dstrain.launcher.planning.layout_check import check_layout
 from dstrain.launcher.restarts import History
 from dstrain.launcher.store_address import Address, find_address, who_cannot_meet
 from dstrain.launcher.team import IDLE, Reformed, Team
+from dstrain.runtime.spec.errors import UsageError
 
 SPARE_WAIT_S = 30.0  # for spares that are still importing torch when they are needed
 
@@ -49,6 +51,11 @@ class Restarter:
             formed = team.reform()
             if formed is None:
                 self.refusal = team.too_few()
+                break
+            try:
+                check_layout(formed.request, formed.slots)
+            except UsageError as error:
+                self.refusal = str(error)
                 break
             wait_s = max(not_before, team.fence) - time.monotonic()
             why = self._announce(outcome, formed, before, wait_s)

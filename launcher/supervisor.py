@@ -25,6 +25,7 @@ from dstrain.launcher.ledger import Ledger
 from dstrain.launcher.logs import LogFiles
 from dstrain.launcher.node import Node, agent_pythons, prepare_message
 from dstrain.launcher.plan import LaunchPlan, Request, attempt_environment, make_plan
+from dstrain.launcher.planning.layout_check import check_layout
 from dstrain.launcher.restarter import Restarter
 from dstrain.launcher.restarts import LOST, AttemptRecord, History
 from dstrain.launcher.root_cause import Cause
@@ -35,7 +36,7 @@ from dstrain.launcher.team import Team
 from dstrain.launcher.trace_file import TraceFile
 from dstrain.launcher.transport import ConnectOptions
 from dstrain.runtime.spec import frames
-from dstrain.runtime.spec.errors import UnreachableError
+from dstrain.runtime.spec.errors import UnreachableError, UsageError
 from dstrain.runtime.spec.exit_codes import ExitCode
 
 HEARTBEAT_S = 1.0
@@ -141,6 +142,11 @@ class Supervisor:
             rows = "\n".join(f"{p.host}: {p.check}: {p.found}; {p.remedy}" for p in problems)
             return Outcome(Cause(code, "launcher", f"{len(problems)} problems before the start", rows))
         slots = [node.report.facts.slots for node in team if node.report.facts]
+        try:
+            check_layout(self.request, slots)  # now that GPUs are counted
+        except UsageError as error:
+            headline, _, detail = str(error).partition("\n")
+            return Outcome(Cause(ExitCode.USAGE, "launcher", headline, detail))
         self.team.begin(slots)
         plan = make_plan(self.request, self.run_id, slots)
         self._adopt(plan, "plan.json")

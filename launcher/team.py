@@ -142,7 +142,7 @@ class Team:
         if count + ready < self._least:
             fewer = f" or --min-nodes {count + ready}" if count + ready else ""
             return f"{left}, {self._least} needed; a spare host{fewer} would let it go on"
-        return f"{left}, and batch.global divides among no number of ranks on {self._least} hosts or more"
+        return f"{left}, and no number of ranks on {self._least} hosts or more fits batch.global and parallel.pipeline"
 
     def _offered(self, without: set[str]) -> list[Node]:
         together = [*self.active, *(node for node in self.spares if node in self._ready)]

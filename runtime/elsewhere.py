@@ -12,3 +12,5 @@ class Elsewhere(nn.Module):
 
     def forward(self, given: Any = None, *_: Any, **__: Any) -> Any:
         return given
+
+    __call__ = forward  # every forward comes by all of them: without torch's search for hooks

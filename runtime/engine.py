@@ -238,8 +238,11 @@ class Engine:
             return self._run_model(*args, **kwargs)
 
     def _run_model(self, *args: Any, **kwargs: Any) -> Any:
-        with self.autocast() if self.config.precision.autocast else contextlib.nullcontext(), self.weights.in_forward():
-            return self._forward(*args, **kwargs)
+        with self.weights.in_forward():
+            if not self.config.precision.autocast:
+                return self._forward(*args, **kwargs)
+            with self.autocast():
+                return self._forward(*args, **kwargs)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """torch.autocast in the job's dtype, for a loss that is computed outside of the model."""

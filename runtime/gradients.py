@@ -18,7 +18,9 @@ bucket, some of every parameter, before they become sums.
 A collective under way holds a few small objects until the step's end. Had they the memory of a gradient just freed
 to choose from, they would split it, and malloc would have to grow for the next large gradient, bucket after bucket.
 So gradients are freed behind the launch; and fewer, larger buckets leave fewer such objects. A single rank has
-nothing to reduce: its gradients stay where autograd put them.
+nothing to reduce: its gradients stay where autograd put them. In a pipeline, where several micro-batches' activations
+come and go between one gradient's parts, such a rank has buckets too: sums that stay where they are for the whole job
+leave malloc no holes.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
-from typing import NamedTuple, NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm import Communicator
 from dstrain.runtime.comm_group import CommGroup, Pending
+from dstrain.runtime.lazy_gradients import LazyGradient
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.tracing.recorder import Recorder
 from dstrain.runtime.zero.plan import UnitPlan
@@ -42,14 +45,6 @@ _SAMPLED = 1024
 
 _NORM_ELEMENTS = 1 << 18
 """torch adds squares in fp32 on the CPU: the norm of 30 Mi numbers is wrong by 2e-3, of 256 Ki by 2e-6."""
-
-
-class Product(NamedTuple):
-    """A gradient that nobody has computed yet: (out, n) times (n, in). Added to a sum as it is computed, it is written
-    once, not written, read, and added."""
-
-    left: Tensor
-    right: Tensor
 
 
 class GradientBucket:
@@ -83,25 +78,16 @@ class GradientBucket:
         assert flat is not None
         return flat
 
-    def add(self, parameter: nn.Parameter, product: Product | None = None) -> None:
-        """Take in the parameter's gradient: the first is copied, later ones are added. product: in its place."""
-        if product is not None and product.left.dtype == self.dtype:
-            view = self.views[parameter]
-            if parameter in self._absent:
-                torch.mm(product.left, product.right, out=view)
-                self._absent.remove(parameter)
-            else:
-                view.addmm_(product.left, product.right)
-            self.skip(parameter)
-            return
-        if product is not None:
-            parameter.grad = product.left @ product.right
-        assert parameter.grad is not None
-        if parameter in self._absent:
-            self.views[parameter].copy_(parameter.grad)
-            self._absent.remove(parameter)
+    def add(self, parameter: nn.Parameter, lazy: LazyGradient | None = None) -> None:
+        """Take in the parameter's gradient: the first is written, later ones are added. lazy: in its place."""
+        view, gradient, is_first = self.views[parameter], parameter.grad, parameter in self._absent
+        if lazy is not None:
+            lazy.write_to(view) if is_first else lazy.add_to(view)
         else:
-            self.views[parameter].add_(parameter.grad)
+            assert gradient is not None
+            view.copy_(gradient) if is_first else view.add_(gradient)
+        if is_first:
+            self._absent.remove(parameter)
         self.skip(parameter)
 
     def skip(self, parameter: nn.Parameter) -> None:
@@ -261,10 +247,10 @@ class GradientReducer(ABC):
     def _reduces_in(self, last: bool) -> bool:
         return last
 
-    def take(self, parameter: Tensor, product: Product | None = None) -> None:
-        """Within a backward, a gradient that no autograd has put into `parameter.grad`, but somebody else; or the
-        product in its place."""
-        self._come(parameter, product)
+    def take(self, parameter: Tensor, lazy: LazyGradient | None = None) -> None:
+        """Within a backward, a gradient that no autograd has put into `parameter.grad`, but somebody else; or one
+        that is not computed yet."""
+        self._come(parameter, lazy)
 
     def come_early(self, parameter: nn.Parameter) -> None:
         """A part of the gradient of this reducer's next backward: `parameter.grad`, which is taken."""
@@ -276,17 +262,17 @@ class GradientReducer(ABC):
     def changed(self, parameter: nn.Parameter) -> None:  # noqa: B027 # most have no copy of it
         """Somebody has changed `sum_of(parameter)`."""
 
-    def _come(self, parameter: Tensor, product: Product | None = None) -> None:
-        if not self._in_backward or (product is None and parameter.grad is None):  # it came in another way
+    def _come(self, parameter: Tensor, lazy: LazyGradient | None = None) -> None:
+        if not self._in_backward or (lazy is None and parameter.grad is None):  # it came in another way
             return
-        assert isinstance(parameter, nn.Parameter)
-        if self._counts and parameter in self._early:
-            gradient = parameter.grad if product is None else product.left @ product.right
+        own = cast(nn.Parameter, parameter)  # torch's own check of that is slow
+        if self._early and self._counts and own in self._early:
+            gradient = own.grad if lazy is None else lazy.whole()
             assert gradient is not None
-            parameter.grad, product = gradient + self._early.pop(parameter), None
-        self._on_gradient(parameter, product)
+            own.grad, lazy = gradient + self._early.pop(own), None
+        self._on_gradient(own, lazy)
 
-    def _on_gradient(self, parameter: nn.Parameter, product: Product | None) -> None:
+    def _on_gradient(self, parameter: nn.Parameter, lazy: LazyGradient | None) -> None:
         bucket = self._bucket_of[parameter]
         if self._reduces and self._number_of[id(bucket)] in self._in_order[: self._launched]:
             self._refuse_late(bucket, parameter)
@@ -295,13 +281,14 @@ class GradientReducer(ABC):
         else:
             if bucket.flat is None:
                 self._open(bucket)
-            bucket.add(parameter, product)
+            bucket.add(parameter, lazy)
         if bucket.is_complete:
             if (number := self._number_of[id(bucket)]) not in self._completed:
                 self._completed.append(number)
             if self._reduces:
                 self._launch_all(takewhile(lambda other: other.is_complete, self._waiting()))
-        parameter.grad = None  # behind the launch: [Note: memory]
+        if lazy is None:
+            parameter.grad = None  # behind the launch: [Note: memory]
 
     def _refuse_late(self, bucket: GradientBucket, parameter: nn.Parameter) -> NoReturn:
         """[Note: gradients] Backwards within a backward make the gradients of a parameter that is used twice twice."""
@@ -358,7 +345,7 @@ class ReplicatedGradients(GradientReducer):
 
 
 class OwnGradients(GradientReducer):
-    """A single rank: gradients stay where autograd put them. [Note: memory]"""
+    """A single rank without a pipeline: gradients stay where autograd put them. [Note: memory]"""
 
     def __init__(self, buckets: Sequence[GradientBucket]) -> None:
         super().__init__(buckets)
@@ -388,17 +375,12 @@ class OwnGradients(GradientReducer):
         self._held.clear()
         self._storages.clear()
 
-    def _on_gradient(self, parameter: nn.Parameter, product: Product | None) -> None:
+    def _on_gradient(self, parameter: nn.Parameter, lazy: LazyGradient | None) -> None:
         gradient, parameter.grad = parameter.grad, None
         if not self._counts:
             return
+        assert gradient is not None, "only a pipeline has others, and it has buckets"
         held = self._held.get(parameter)
-        if product is not None:
-            if held is not None and held.dtype == product.left.dtype:
-                held.addmm_(product.left, product.right)
-                return
-            gradient = product.left @ product.right
-        assert gradient is not None
         if held is not None:
             held.add_(gradient)
             return

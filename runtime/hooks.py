@@ -1,9 +1,11 @@
-"""Hooks on a user's modules."""
+"""Hooks on a user's modules, and on the tensors that they save."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+
+Pack = TypeVar("Pack", bound=Callable[..., Any])
 
 
 class Hook:
@@ -21,3 +23,9 @@ class Hook:
 
 def _do_nothing(*_: Any) -> None:
     """In a copy."""
+
+
+def repeatable(pack: Pack) -> Pack:
+    """Marks a hook that packs saved tensors, whose unpacking does no harm if there is more of it."""
+    pack.is_repeatable = True  # type: ignore[attr-defined]
+    return pack

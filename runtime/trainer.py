@@ -48,7 +48,7 @@ from dstrain.runtime.models.build import build_model, context_of, vocabulary_of
 from dstrain.runtime.models.language import generate
 from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.pipeline.feed import ValidationFeed
-from dstrain.runtime.pipeline.making import dims_of, make_pipeline
+from dstrain.runtime.pipeline.making import make_pipeline
 from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.reporting import ModelSize, Reporter
 from dstrain.runtime.spec.config import JobConfig
@@ -62,6 +62,7 @@ from dstrain.runtime.spec.errors import (
 )
 from dstrain.runtime.spec.event import EventWriter
 from dstrain.runtime.spec.exit_codes import ExitCode
+from dstrain.runtime.spec.job_layout import dims_of, micro_batches_of
 from dstrain.runtime.spec.load import load_job, load_resolved
 from dstrain.runtime.spec.trace import Category
 from dstrain.runtime.task import LanguageTask, task_of
@@ -87,7 +88,7 @@ class Trainer:
         assert job.train.steps is not None
         self.job, self.comm, self.steps, self.micro = job, comm, job.train.steps, job.batch.micro
         dims = dims_of(job, comm.world_size)
-        self.accumulation = job.batch.accumulation(dims.data)
+        self.accumulation = micro_batches_of(job.batch, dims)
         self.layout = BatchLayout(dims.data_rank(comm.rank), dims.data, self.micro, self.accumulation)
 
         torch.manual_seed(job.train.seed)  # the same parameters whatever the number of ranks

@@ -37,9 +37,12 @@ def recomputed(shapes: ModelShapes, spec: Spec) -> frozenset[str]:
     return frozenset(shapes.blocks[every - 1 :: every]) & frozenset(names)
 
 
-def kept_by(layers: Sequence[LayerShape], again: frozenset[str]) -> Kept:
-    """again: layers that are recomputed."""
-    held = sum(layer.input_bytes if layer.name in again else layer.saved_bytes for layer in layers)
+def kept_by(layers: Sequence[LayerShape], again: frozenset[str], rebuilds: bool = False) -> Kept:
+    """again: layers that are recomputed. rebuilds: as pipelines do."""
+    held = sum(
+        layer.input_bytes if layer.name in again else layer.saved_bytes - layer.rebuilt_bytes * rebuilds
+        for layer in layers
+    )
     besides = (layer.saved_bytes - layer.input_bytes for layer in layers if layer.name in again)
     return Kept(
         held=held,

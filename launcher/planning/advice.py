@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from dstrain.launcher.planning.memory import accumulates
-from dstrain.launcher.planning.planner import Plan, Planner, room
+from dstrain.launcher.planning.planner import SPLIT, Plan, Planner, room
 from dstrain.launcher.planning.traffic import STAGES, TIED, Flow
 from dstrain.launcher.planning.units import gib, gigabytes, number, seconds
+from dstrain.runtime.spec.schedule import Kind
 
 MUCH_BUBBLE = 0.2
 MUCH_WAITING = 0.1
@@ -17,6 +19,7 @@ def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
     """One line each."""
     yield from _of_memory(planner, plan)
     yield from _of_links(planner, plan)
+    yield from _of_splits(planner, plan)
     if plan.bubble > MUCH_BUBBLE:
         fix = "a larger batch.global, a smaller batch.micro, or another parallel.schedule"
         times, ranks = plan.layout.micro_batches, plan.layout.dims.pipeline
@@ -69,6 +72,21 @@ def _of_links(planner: Planner, plan: Plan) -> Iterator[str]:
         yield (
             f"a message between pipeline stages takes {seconds(messages)}, a forward {seconds(shortest)}: the link is "
             "too slow for this cut"
+        )
+
+
+def _of_splits(planner: Planner, plan: Plan) -> Iterator[str]:
+    """What the runtime cannot split is planned as if it could."""
+    schedule, precision = plan.layout.schedule, planner.job.precision
+    if not precision.autocast or plan.layout.dims.pipeline == 1:
+        return
+    own = isinstance(schedule, Path)
+    if schedule in SPLIT or (
+        own and any(one.kind is Kind.INPUT_GRADIENT for row in plan.schedule.ranks for one in row)
+    ):
+        yield (
+            f"{plan.schedule.name} splits nothing under precision.autocast: weights' gradients come with the inputs', "
+            f"so ranks wait longer than planned; take 1f1b, or precision.dtype: {precision.dtype} without autocast"
         )
 
 

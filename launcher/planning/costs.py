@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from dstrain.launcher.planning.parts import Part
 from dstrain.runtime.spec.errors import UsageError
 from dstrain.runtime.spec.model_shapes import LayerShape
 from dstrain.runtime.spec.schedule import Costs
-from dstrain.runtime.spec.trace import read_trace
+from dstrain.runtime.spec.trace import Measured, read_trace
 
 KEYS = ("forward", "input_gradient", "weight_gradient", "message")
 
@@ -40,13 +41,16 @@ class StageCosts(NamedTuple):
         return Costs(*self)
 
 
-class GivenCosts(NamedTuple):
-    """By `--costs`: each one number, or one for each stage (of messages: boundary); None: estimated."""
+@dataclass(frozen=True)
+class GivenCosts:
+    """By `--costs`: each one number, or one for each stage (of messages: boundary); None: estimated. traced: where they
+    come from a trace."""
 
     forward: float | list[float]
     input_gradient: float | list[float]
     weight_gradient: float | list[float]
     message: float | list[float] | None
+    traced: Measured | None = None
 
 
 def estimated(parts: Sequence[Part], again: frozenset[str], micro: int, tflops: float) -> StageCosts:
@@ -78,9 +82,10 @@ def apply_given(given: GivenCosts | None, costs: StageCosts) -> StageCosts:
         return costs
     stages = len(costs.forward)
     counts = (stages, stages, stages, stages - 1)
+    values = (given.forward, given.input_gradient, given.weight_gradient, given.message)
     found = [
         estimate if value is None else _each(key, value, count)
-        for key, value, count, estimate in zip(KEYS, given, counts, costs, strict=True)
+        for key, value, count, estimate in zip(KEYS, values, counts, costs, strict=True)
     ]
     return StageCosts(*found)
 
@@ -110,12 +115,14 @@ def read_costs(text: str) -> GivenCosts:
 
 
 def _traced(path: Path) -> GivenCosts:
-    costs = read_trace(path).costs
+    traced = read_trace(path)
+    costs = traced.costs
     if costs is None:
         fix = "trace a job with parallel.pipeline"
         raise UsageError.mismatch(f"--costs {path}", "forwards and backwards of all stages", "others", fix)
     values = costs.forward, costs.input_gradient, costs.weight_gradient, costs.message
-    return GivenCosts(*(value if isinstance(value, float) else list(value) for value in values))
+    forward, inputs, weights, message = (value if isinstance(value, float) else list(value) for value in values)
+    return GivenCosts(forward, inputs, weights, message, traced)
 
 
 def _listed(value: object, where: str) -> float | list[float] | None:

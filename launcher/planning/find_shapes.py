@@ -17,7 +17,7 @@ from dstrain.runtime.spec.gpt_shapes import gpt_shapes
 from dstrain.runtime.spec.model_shapes import ModelShapes
 
 MODULE = "dstrain.runtime.pipeline.shapes"
-FORMAT = 2
+FORMAT = 3
 """Of a cached file: raised with every change of what stands in it, or of how it is found."""
 TIMEOUT_S = 300.0
 """Importing torch and transformers from a cold network disk takes a minute."""

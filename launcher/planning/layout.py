@@ -7,9 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from dstrain.runtime.spec.config import JobConfig
-from dstrain.runtime.spec.data_config import BatchConfig
 from dstrain.runtime.spec.errors import UsageError
-from dstrain.runtime.spec.parallel_dims import ParallelDims, parallel_dims
+from dstrain.runtime.spec.job_layout import dims_of, micro_batches_of
+from dstrain.runtime.spec.parallel_dims import ParallelDims
 from dstrain.runtime.spec.schedule import Schedule, endings, find_schedule
 from dstrain.runtime.spec.schedule.plan import in_a_loop, in_a_v
 from dstrain.runtime.spec.training_config import OffloadConfig, ZeroConfig
@@ -47,12 +47,12 @@ def layout_of(job: JobConfig, world_size: int) -> Layout:
     parallel, batch = job.parallel, job.batch
     if batch is None:
         raise UsageError.mismatch("batch", "a section with global and micro", "none")
-    dims = parallel_dims(world_size, job.zero.stage, parallel.pipeline, parallel.data_replicate, parallel.data_shard)
+    dims = dims_of(job, world_size)
     return Layout(
         dims=dims,
         zero=job.zero,
         micro=batch.micro,
-        micro_batches=_micro_batches(batch, dims),
+        micro_batches=micro_batches_of(batch, dims),
         schedule=parallel.schedule,
         stages_per_rank=parallel.stages_per_rank,
         partition=parallel.partition,
@@ -126,16 +126,3 @@ def enough(layout: Layout) -> int:
     rounds = ROUNDS if ranks < LONG else FEWER_ROUNDS
     groups, rest = divmod(micro_batches, ranks)
     return min(micro_batches, rounds * ranks + min(rest, -(-rest // max(groups, 1)) * rounds))
-
-
-def _micro_batches(batch: BatchConfig, dims: ParallelDims) -> int:
-    """Raises ConfigError with the nearest batch that divides; where there is a pipeline, with all its factors."""
-    together = batch.micro * dims.data
-    if batch.global_ % together and dims.pipeline > 1:
-        expected = (
-            f"a multiple of batch.micro × data ranks = {batch.micro} × {dims.data} = {together} "
-            f"({dims.world_size} ranks / pipeline {dims.pipeline} = {dims.data})"
-        )
-        nearest = max(1, round(batch.global_ / together)) * together
-        raise UsageError.mismatch("batch.global", expected, str(batch.global_), f"the nearest is {nearest}")
-    return batch.accumulation(dims.data)

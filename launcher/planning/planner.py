@@ -8,6 +8,7 @@ A step takes as long as its schedule in the simulator, and what of the communica
     tied ones    behind nothing
 Operations take what the GPU does in a second; memory-bound ones, the optimizer and the launch of kernels are left out.
 So the numbers compare layouts; they foretell a step only as well as `--tflops` and the links are known, or `--costs`.
+With a trace of the very schedule its steps are simulated instead, each by its own times.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from dstrain.launcher.planning.traffic import (
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.model_shapes import ModelShapes
 from dstrain.runtime.spec.schedule import Schedule, Timeline, simulate
+from dstrain.runtime.spec.trace import Measured, Replay
 
 SPLIT = ("zb_h1", "zb_v")
 """Schedules with weights' gradients apart."""
@@ -54,7 +56,7 @@ class Estimate(NamedTuple):
 @dataclass(frozen=True)
 class Plan:
     """A layout and its costs. parts, memory: of each pipeline rank. timeline: of as many micro-batches as `enough`
-    says; makespan_s, bubble: of all. [Note: time]"""
+    says; makespan_s, bubble: of all. replayed: traced steps that these two are medians of, or 0. [Note: time]"""
 
     layout: Layout
     parts: tuple[Part, ...]
@@ -67,6 +69,7 @@ class Plan:
     bubble: float
     exposed_s: float
     fits: bool
+    replayed: int = 0
 
     @property
     def step_s(self) -> float:
@@ -130,13 +133,9 @@ class Planner:
         """Raises UsageError where the layout is none of this model's."""
         estimate, parts, schedule = self.estimate(layout, given), self.parts(layout), self.schedule(layout)
         timeline = simulate(schedule, estimate.costs.for_simulator())
-        wholes = estimate.costs.whole
-        whole = [sum(wholes[stage] for stage in part.stages) for part in parts]
-        makespan = timeline.makespan_s
-        if schedule.micro_batches < layout.micro_batches:
-            more = layout.micro_batches - schedule.micro_batches
-            makespan += more * self._one_more_s(layout, timeline, estimate.costs)
-        busy = sum(whole) * layout.micro_batches
+        traced = given.traced if given is not None else None
+        replay = _replayed(layout, traced) if traced is not None else None
+        makespan_s, bubble = replay[1:] if replay is not None else self._simulated(layout, timeline, estimate.costs)
         memory = self.memory(layout)
         return Plan(
             layout=layout,
@@ -146,11 +145,21 @@ class Planner:
             flows=estimate.flows,
             costs=estimate.costs,
             timeline=timeline,
-            makespan_s=makespan,
-            bubble=max(0.0, 1 - busy / (len(parts) * makespan)) if makespan else 0.0,  # a rounding is no idle time
+            makespan_s=makespan_s,
+            bubble=bubble,
             exposed_s=estimate.exposed_s,
             fits=self.fits(layout, memory),
+            replayed=replay.steps if replay is not None else 0,
         )
+
+    def _simulated(self, layout: Layout, timeline: Timeline, costs: StageCosts) -> tuple[float, float]:
+        """Makespan and bubble of all micro-batches."""
+        makespan_s, known = timeline.makespan_s, timeline.schedule.micro_batches
+        if known < layout.micro_batches:
+            makespan_s += (layout.micro_batches - known) * self._one_more_s(layout, timeline, costs)
+        busy_s = sum(costs.whole) * layout.micro_batches
+        total_s = layout.dims.pipeline * makespan_s
+        return makespan_s, max(0.0, 1 - busy_s / total_s) if total_s else 0.0  # a rounding is no idle time
 
     def _one_more_s(self, layout: Layout, timeline: Timeline, costs: StageCosts) -> float:
         """What another micro-batch adds: computing, or waiting for messages, whichever is slower."""
@@ -188,7 +197,7 @@ class Planner:
         """What the fullest rank holds at least: its state, and one micro-batch."""
         return max(
             self.state.of(part, layout.dims, layout.zero, layout.micro_batches).total
-            + round(layout.micro * max(kept.held for kept in self._kept_of(part).values()))
+            + round(layout.micro * max(kept.held for kept in self._kept_of(layout, part).values()))
             for part in self.parts(layout)
         )
 
@@ -202,15 +211,16 @@ class Planner:
         nodes = self.cluster.nodes_of(range(pipeline_rank * width, (pipeline_rank + 1) * width))
         return min(nodes, key=lambda node: node.memory_bytes)
 
-    def _kept_of(self, part: Part) -> dict[int, Kept]:
+    def _kept_of(self, layout: Layout, part: Part) -> dict[int, Kept]:
         """Of each stage, for one sample."""
         if part not in self._kept:
+            rebuilds = layout.dims.pipeline > 1 and not self.job.precision.autocast
             both = zip(part.stages, part.layers, strict=True)
-            self._kept[part] = {stage: kept_by(layers, self.again) for stage, layers in both}
+            self._kept[part] = {stage: kept_by(layers, self.again, rebuilds) for stage, layers in both}
         return self._kept[part]
 
     def _activations(self, layout: Layout, part: Part, schedule: Schedule, rank: int) -> float:
-        kept = self._kept_of(part)
+        kept = self._kept_of(layout, part)
         peak = peak_bytes(schedule.ranks[rank], kept, layout.micro)
         whole, simulated = layout.micro * sum(one.held for one in kept.values()), schedule.micro_batches
         if simulated < layout.micro_batches and peak >= simulated * whole:  # all at once, however many there are
@@ -225,6 +235,14 @@ class Planner:
             for stage, layers in zip(part.stages, part.layers, strict=True)
         }
         return [sizes[stage] for stage in range(len(sizes) - 1)]
+
+
+def _replayed(layout: Layout, traced: Measured) -> Replay | None:
+    """None where another schedule was traced."""
+    ranks, micro_batches = layout.dims.pipeline, layout.micro_batches
+    if ranks == 1 or traced.micro_batches != micro_batches:
+        return None
+    return traced.replay(known_schedule(layout.schedule, ranks, micro_batches, layout.stages_per_rank))
 
 
 def room(node: Node) -> float:

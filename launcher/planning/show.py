@@ -170,7 +170,10 @@ def _time(planner: Planner, plan: Plan) -> Iterator[str]:
     yield from _wrapped(f"a step: about {step} ({', '.join(parts)})")
     if len(plan.parts) == 1:
         return
-    yield from _wrapped(f"bubble {100 * plan.bubble:.1f} % of {plan.layout.micro_batches:,} micro-batches")
+    replayed = ""
+    if plan.replayed:
+        replayed = f", median of {plan.replayed} traced {'step' if plan.replayed == 1 else 'steps'}, replayed"
+    yield from _wrapped(f"bubble {100 * plan.bubble:.1f} % of {plan.layout.micro_batches:,} micro-batches{replayed}")
     if len(plan.parts) > DRAWN_RANKS:
         yield f"{len(plan.parts)} pipeline ranks: --svg FILE draws their schedule"
         return
@@ -254,6 +257,7 @@ def plan_json(planner: Planner, plan: Plan) -> dict[str, Any]:
         "costs_s": plan.costs._asdict(),
         "bubble": plan.bubble,
         "makespan_s": plan.makespan_s,
+        "replayed_steps": plan.replayed,
         "exposed_s": plan.exposed_s,
         "step_s": plan.step_s,
         "assumed": assumptions(planner),

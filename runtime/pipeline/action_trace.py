@@ -19,6 +19,11 @@ class ActionTrace:
         self._rank_of, self._last = schedule.rank_of, schedule.stages - 1
         self._split = {action[1:] for row in schedule.ranks for action in row if action.kind is Kind.INPUT_GRADIENT}
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is recorded now; else these all do nothing, in some microseconds."""
+        return self._trace.is_on
+
     def action(self, action: Action) -> AbstractContextManager[None]:
         """Around it, with the wait for what it needs."""
         return self._trace.span(Category.of(action.kind), action) if self._trace.is_on else NOTHING

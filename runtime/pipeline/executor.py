@@ -49,11 +49,11 @@ class Feed(Protocol):
 
 
 class _Held(NamedTuple):
-    """Between a stage's forward and its backward. ends: where the backward begins; None: it needs no gradient. seed:
+    """Between a stage's forward and its backward. ends: where the backward begins, None: it needs no gradient. seed:
     the gradient of the loss, in the last stage."""
 
     inputs: tuple[Tensor, ...]
-    ends: tuple[GradientEdge | None, ...]
+    ends: tuple[Tensor | GradientEdge | None, ...]
     seed: Tensor | None = None
 
 
@@ -109,12 +109,17 @@ class Executor:
         self._split = {action[1:] for action in row if action.kind is Kind.INPUT_GRADIENT}
         self._endings = set(endings(row).values())
         receiving = [action for action in row if self._source(action) is not None]
-        done = 0
+        done, posted = 0, -1
         for action in row:
-            self._post(receiving[done : done + 1 + AHEAD])
+            if done != posted:
+                self._post(receiving[done : done + 1 + AHEAD])
+                posted = done
             if done < len(receiving) and receiving[done] is action:
                 done += 1
-            with self._trace.action(action):
+            if self._trace.is_on:
+                with self._trace.action(action):
+                    self._do[action.kind](action)
+            else:
                 self._do[action.kind](action)
             for message in arrivals.get(action, ()):
                 boundary = self._boundary(message.boundary)
@@ -140,10 +145,10 @@ class Executor:
             outputs: tuple[Tensor, ...] = (self._feed.loss(output, micro),)
         else:
             outputs = tensors_of(output, f"stage {stage}")
-            with self._trace.sending(action):
-                self._boundary(stage).activations.send(micro, self._feed.signatures[micro], outputs)
+            self._send(self._boundary(stage).activations, action, outputs)
         if training:
-            ends = tuple(get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs)
+            lives = stage == self._last or self._boundary(stage).activations.is_local
+            ends = tuple(_end_of(tensor, lives) if tensor.requires_grad else None for tensor in outputs)
             seed = torch.ones_like(outputs[0]) if stage == self._last else None
             self._held[stage, micro] = _Held(inputs, ends, seed)
 
@@ -166,11 +171,11 @@ class Executor:
         left, reducer = self._left.pop((action.stage, action.micro_batch)), self._reducers[action.stage]
         reducer.begin_backward(action in self._endings, counts=self._feed.counts(action.micro_batch))
         with torch.no_grad():
-            for parameter, product in left.compute(self._parameters[action.stage]):
+            for parameter, lazy in left.compute(self._parameters[action.stage]):
                 if self._owner[parameter] == action.stage:
-                    reducer.take(parameter, product)
-                elif product is not None:
-                    parameter.grad = product.left @ product.right
+                    reducer.take(parameter, lazy)
+                elif lazy is not None:
+                    parameter.grad = lazy.whole()
         reducer.end_backward()
         self._keep_early(action)
 
@@ -179,7 +184,9 @@ class Executor:
         stage, micro = action.stage, action.micro_batch
         held, mailbox = self._held.pop((stage, micro)), self._source(action)
         grads = [held.seed] if mailbox is None else self._take(mailbox, action)
-        ends = [(end, grad) for end, grad in zip(held.ends, grads, strict=True) if end is not None and grad is not None]
+        ends: list[tuple[Any, Tensor]] = [
+            (end, grad) for end, grad in zip(held.ends, grads, strict=True) if end is not None and grad is not None
+        ]
         if ends:
             with self._in_backward():
                 torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
@@ -188,9 +195,7 @@ class Executor:
     def _send_back(self, action: Action, inputs: tuple[Tensor, ...]) -> None:
         if action.stage:
             gradients = [tensor.grad if tensor.requires_grad else None for tensor in inputs]
-            signature = self._feed.signatures[action.micro_batch]
-            with self._trace.sending(action):
-                self._boundary(action.stage - 1).gradients.send(action.micro_batch, signature, gradients)
+            self._send(self._boundary(action.stage - 1).gradients, action, gradients)
 
     # --- messages ----------------------------------------------------------------------------------------------
 
@@ -203,15 +208,26 @@ class Executor:
         return None
 
     def _take(self, mailbox: Mailbox, action: Action) -> list[Tensor | None]:
+        micro, signature = action.micro_batch, self._feed.signatures[action.micro_batch]
+        if not self._trace.is_on:
+            return mailbox.take(micro, signature)
         with self._trace.waiting(action):
-            return mailbox.take(action.micro_batch, self._feed.signatures[action.micro_batch])
+            return mailbox.take(micro, signature)
+
+    def _send(self, mailbox: Mailbox, action: Action, tensors: Sequence[Tensor | None]) -> None:
+        micro, signature = action.micro_batch, self._feed.signatures[action.micro_batch]
+        if not self._trace.is_on:
+            mailbox.send(micro, signature, tensors)
+            return
+        with self._trace.sending(action):
+            mailbox.send(micro, signature, tensors)
 
     def _post(self, actions: Sequence[Action]) -> None:
         """Receives come in the order of the messages: none behind one whose shapes are not known yet."""
         unknown: set[Mailbox] = set()
         for action in actions:
             mailbox = self._source(action)
-            if mailbox is None or mailbox in unknown:
+            if mailbox is None or mailbox.is_local or mailbox in unknown:
                 continue
             if not mailbox.post(action.micro_batch, self._feed.signatures[action.micro_batch]):
                 unknown.add(mailbox)
@@ -230,3 +246,8 @@ class Executor:
             if parameter.grad is not None and counts:
                 self._reducers[self._owner[parameter]].come_early(parameter)
             parameter.grad = None
+
+
+def _end_of(tensor: Tensor, lives: bool) -> Tensor | GradientEdge:
+    """Where a backward begins. lives: the tensor's memory is another's too until then; else it is not kept for this."""
+    return tensor if lives else get_gradient_edge(tensor)

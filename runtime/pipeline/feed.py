@@ -21,7 +21,16 @@ class TrainingFeed:
         self.weights = [task.count(batch) for batch in batches]
         self.signatures = [signature_of(batch, training=True) for batch in batches]
         self.scale = 1.0
-        self.totals = torch.zeros(2, dtype=torch.float64)
+        self._losses: list[tuple[Tensor, float]] = []  # with their weights
+
+    @property
+    def totals(self) -> Tensor:
+        """Float64, where the loss is."""
+        if not self._losses:
+            return torch.zeros(2, dtype=torch.float64)
+        losses = torch.stack([loss for loss, _ in self._losses]).double()
+        weights = torch.tensor([weight for _, weight in self._losses], dtype=torch.float64).to(losses.device)
+        return torch.stack([losses @ weights, weights.sum()])
 
     def arguments(self, micro: int) -> Arguments:
         """Of the model's forward."""
@@ -32,8 +41,7 @@ class TrainingFeed:
         loss, weight = self._task.loss_of(output, self._batches[micro]), self.weights[micro]
         if not weight:  # a mean over nothing is no number, and nobody's
             return loss
-        counted = loss.new_tensor(weight, dtype=torch.float64)
-        self.totals = self.totals.to(loss.device) + torch.stack([loss.detach().double() * weight, counted])
+        self._losses.append((loss.detach(), weight))
         return loss * (weight * self.scale)
 
     def counts(self, micro: int) -> bool:

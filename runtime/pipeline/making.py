@@ -20,15 +20,9 @@ from dstrain.runtime.pipeline.pipeline import Pipeline
 from dstrain.runtime.pipeline.timing import LayerTimer, recorded
 from dstrain.runtime.precision import DTYPES, parameter_dtype
 from dstrain.runtime.spec.config import JobConfig
-from dstrain.runtime.spec.parallel_dims import ParallelDims, parallel_dims
+from dstrain.runtime.spec.parallel_dims import ParallelDims
 from dstrain.runtime.spec.schedule import Schedule, check, find_schedule
 from dstrain.runtime.task import task_of
-
-
-def dims_of(job: JobConfig, world_size: int) -> ParallelDims:
-    """How the ranks of a job are arranged. Raises UsageError where they cannot be."""
-    parallel = job.parallel
-    return parallel_dims(world_size, job.zero.stage, parallel.pipeline, parallel.data_replicate, parallel.data_shard)
 
 
 def schedule_of(job: JobConfig, micro_batches: int) -> Schedule:
@@ -72,6 +66,7 @@ def _seconds(
     """Of each layer, on rank 0."""
     if comm.rank != 0:
         return []
+    assert job.model is not None
     precision, here = job.precision, to_device(batch(), comm.device)
 
     def autocast() -> AbstractContextManager[None]:
@@ -79,7 +74,8 @@ def _seconds(
 
     timer = LayerTimer(model, chain, comm.device, parameter_dtype(precision), autocast)
     with explained(here, comm.device):
-        key = {**timer.key(here), "autocast": precision.autocast, "loss": job.train.loss}
+        of_job = {"model": job.model.model_dump(mode="json"), "autocast": precision.autocast, "loss": job.train.loss}
+        key = {**timer.key(here), **of_job}
         return recorded(folder, key, lambda: timer.seconds(task_of(here, job.train.loss), here))
 
 

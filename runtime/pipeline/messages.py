@@ -49,6 +49,7 @@ class Mailbox:
     def __init__(self, edge: Edge | None, device: torch.device, where: str) -> None:
         """where: for people."""
         self._edge, self._device, self._where = edge, device, where
+        self.is_local = edge is None
         self._forms: dict[Signature, Forms] = {}
         self._posted: dict[int, list[tuple[Tensor, Message] | None]] = {}
         self._kept: dict[int, Sequence[Tensor | None]] = {}
@@ -66,6 +67,8 @@ class Mailbox:
         if forms is None:
             forms = self._forms[signature] = [_form(tensor) for tensor in tensors]
             sent += self._edge.send_object(forms, micro)
+        if len(tensors) != len(forms):
+            self._refuse(f"{len(forms)} tensors, {_AS_BEFORE}", str(len(tensors)))
         for number, (tensor, form) in enumerate(zip(tensors, forms, strict=True)):
             if form is not None:
                 filled = torch.zeros(form.shape, dtype=form.dtype, device=self._device) if tensor is None else tensor
@@ -74,11 +77,12 @@ class Mailbox:
                 if whole.numel():
                     sent.append((self._edge.send(whole, _tag(micro, number)), whole))
             elif tensor is not None:
-                self._refuse(f"a tensor of shape {tuple(tensor.shape)}", "none")
+                self._refuse(f"no gradient, {_AS_BEFORE}", f"one of shape {tuple(tensor.shape)}")
 
     def post(self, micro: int, signature: Signature) -> bool:
         """Be ready for what will come; returns whether it is known what that is."""
-        if self._edge is None or micro in self._posted:
+        assert self._edge is not None
+        if micro in self._posted:
             return True
         forms = self._forms.get(signature)
         if forms is None:
@@ -145,6 +149,8 @@ class _Done:
 def _form(tensor: Tensor | None) -> Form | None:
     return None if tensor is None else Form(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
+
+_AS_BEFORE = "as in the first micro-batch of these shapes"
 
 _TENSORS = 16
 """The most between two stages, for the numbers of their messages."""

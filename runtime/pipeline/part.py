@@ -9,9 +9,8 @@ head too) is on each stage that uses it, under the first of its names: the modul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,15 @@ class _Received(nn.Module):
             raise UsageError.mismatch("parallel.pipeline", expected, "it runs twice", "leave out token_type_ids")
         value, self.value = self.value, None
         return value
+
+
+class _Place(NamedTuple):
+    """Of a layer, in its parent. silent: what stands there while another stage runs."""
+
+    parent: nn.Module
+    child: str
+    real: nn.Module
+    silent: nn.Module
 
 
 class ModelPart:
@@ -79,7 +87,7 @@ class ModelPart:
         self.aliases = {name: first[id(tensor)] for name, tensor in everything.items() if first[id(tensor)] != name}
         self._stages_of = {names[parameter]: sorted(stages) for parameter, stages in holders.items()}
         self.tied_ranks = tied_ranks(self._stages_of, schedule.rank_of)
-        self._places: dict[str, tuple[nn.Module, str, nn.Module, nn.Module]] = {}
+        places: dict[str, _Place] = {}
         mine = set(own)
         for name, stage in stage_of.items():
             parent, _, child = name.rpartition(".")
@@ -92,8 +100,9 @@ class ModelPart:
                 modules[parent]._modules[child] = real = Elsewhere()
             elif stage not in mine:
                 _keep(real, lambda parameter: bool(mine & holders[parameter]))
-            self._places[name] = (modules[parent], child, real, silent)
+            places[name] = _Place(modules[parent], child, real, silent)
         self._stage_of = stage_of
+        self._others = {stage: [place for name, place in places.items() if stage_of[name] != stage] for stage in own}
         own_names = {name for name, _ in model.named_parameters()}
         self.elsewhere = [
             (name, _stand_in(parameter))
@@ -116,24 +125,14 @@ class ModelPart:
         of_layer = [stage for module, stage in self._stage_of.items() if name.startswith(f"{module}.")]
         return (of_layer or [0])[0] in self.own
 
-    @contextmanager
-    def active(self, stage: int) -> Iterator[None]:
-        """Inside, the model is that stage alone."""
-        swapped = [place for name, place in self._places.items() if self._stage_of[name] != stage]
-        for parent, child, _, silent in swapped:
-            parent._modules[child] = silent
-        try:
-            yield
-        finally:
-            for parent, child, real, _ in swapped:
-                parent._modules[child] = real
-            self._received.value = None
-
     def run(self, forward: Any, stage: int, received: tuple[Tensor, ...], batch: tuple[Any, Mapping[str, Any]]) -> Any:
         """One forward of a stage. forward: the model's. received: of the stage before, on all but the first. batch:
         the model's own arguments."""
         args, words = batch
-        with self.active(stage):
+        others = self._others[stage]
+        for parent, child, _, silent in others:
+            parent._modules[child] = silent
+        try:
             is_last = stage == len(self.layers) - 1
             if stage == 0:
                 return forward(*args, **(words if is_last or not self.chain.entry else _without_targets(words)))
@@ -142,6 +141,10 @@ class ModelPart:
                 self._received.value = value
                 return forward(*args, **(words if is_last else _without_targets(words)))
             return forward(value)
+        finally:
+            for parent, child, real, _ in others:
+                parent._modules[child] = real
+            self._received.value = None
 
 
 def _keep(module: nn.Module, keeps: Callable[[nn.Parameter], bool]) -> None:

@@ -10,18 +10,32 @@ from dstrain.runtime.spec.errors import UsageError
 
 def partition(wished: str | Sequence[int], costs: Sequence[float], stages: int) -> list[int]:
     """Layers of each stage. wished: the numbers, or how `costs`, one for each layer, were found. Raises UsageError."""
-    return balanced(costs, stages) if isinstance(wished, str) else given(wished, len(costs), stages)
+    check_partition(wished, len(costs), stages)
+    return balanced(costs, stages) if isinstance(wished, str) else list(wished)
+
+
+def check_partition(wished: str | Sequence[int], layers: int, stages: int) -> None:
+    """Raises UsageError where a model of so many layers cannot be cut so."""
+    if isinstance(wished, str):
+        if layers < stages:
+            expected = f"at most the {layers} layers of the model"
+            raise UsageError.mismatch("parallel.pipeline", expected, f"{stages} stages")
+        return
+    if len(wished) != stages:
+        raise UsageError.mismatch("parallel.partition", f"{stages} numbers, one for each stage", str(len(wished)))
+    if sum(wished) != layers:
+        found = f"{' + '.join(map(str, wished))} = {sum(wished)}"
+        fix = "the embedding is the first layer, the head the last"
+        raise UsageError.mismatch("parallel.partition", f"all {layers} layers of the model", found, fix)
 
 
 def balanced(costs: Sequence[float], stages: int) -> list[int]:
     """Cut layers of these costs into `stages` runs of neighbours, none empty, so that the dearest run is as cheap as
     possible, and among those ways one whose runs differ least; returns the layers of each stage.
 
-    Dynamic programming, O(stages × layers²). Raises UsageError where there are fewer layers than stages.
+    Dynamic programming, O(stages × layers²). There are at least as many layers as stages: `check_partition`.
     """
     layers = len(costs)
-    if layers < stages:
-        raise UsageError.mismatch("parallel.pipeline", f"at most the {layers} layers of the model", f"{stages} stages")
     before = [0.0]
     for cost in costs:
         before.append(before[-1] + cost)
@@ -44,17 +58,6 @@ def balanced(costs: Sequence[float], stages: int) -> list[int]:
     for stage in reversed(range(stages)):
         ends.append(cuts[stage][ends[-1]])
     return [stop - start for start, stop in pairwise(reversed(ends))]
-
-
-def given(counts: Sequence[int], layers: int, stages: int) -> list[int]:
-    """A partition that a person wrote: layers of each stage. Raises UsageError where it is none of this model."""
-    if len(counts) != stages:
-        raise UsageError.mismatch("parallel.partition", f"{stages} numbers, one for each stage", str(len(counts)))
-    if sum(counts) != layers:
-        found = f"{' + '.join(map(str, counts))} = {sum(counts)}"
-        fix = "the embedding is the first layer, the head the last"
-        raise UsageError.mismatch("parallel.partition", f"all {layers} layers of the model", found, fix)
-    return list(counts)
 
 
 def bounds(counts: Sequence[int]) -> list[range]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence, Set
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +29,8 @@ from dstrain.runtime.activation_checkpointing import blocks_of
 from dstrain.runtime.data.datasets import open_factory
 from dstrain.runtime.models.build import build_model, context_of
 from dstrain.runtime.pipeline.cuts import Layer, chain_of
+from dstrain.runtime.pipeline.rebuilt import Makers
+from dstrain.runtime.pipeline.split_backward import is_split
 from dstrain.runtime.precision import cast_parameters, parameter_dtype
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import DstrainError, UsageError
@@ -69,6 +72,7 @@ def shapes_of(job: JobConfig) -> ModelShapes:
             other_flops=record.other_flops / SAMPLES,
             left_bytes=record.left / SAMPLES,
             ready_bytes=record.ready,
+            rebuilt_bytes=record.rebuilt / SAMPLES,
         )
         for layer, record in zip(layers, records, strict=True)
     ]
@@ -83,7 +87,7 @@ class _Record:
     def __init__(self) -> None:
         self.saved = self.input = self.output = 0
         self.weight_flops = self.other_flops = 0
-        self.left = self.ready = 0
+        self.left = self.ready = self.rebuilt = 0
 
 
 def _name(config: ModelConfig, model: nn.Module) -> str:
@@ -131,13 +135,15 @@ def _run(model: nn.Module, job: JobConfig, layers: Sequence[Layer], records: Seq
             modules[name].register_forward_pre_hook(lambda *_, number=number: watch.enter(number))
         first.register_forward_pre_hook(lambda _, args, record=records[number]: _note(record, "input", args, own))
         last.register_forward_hook(lambda _, __, output, record=records[number]: _note(record, "output", output))
-    _note_split(model, layers, records, watch)
+    rebuilt = _note_split(model, layers, records, watch)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         place = _storage(tensor)
+        rebuilt.saves[place] += 1
         if place not in own and place not in given and place not in kept:
             kept[place] = tensor
+            rebuilt.record_of[place] = watch.record
             watch.record.saved += tensor.untyped_storage().nbytes()
         return tensor
 
@@ -148,6 +154,7 @@ def _run(model: nn.Module, job: JobConfig, layers: Sequence[Layer], records: Seq
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         task_of(batch, job.train.loss).loss(model, batch)
+    rebuilt.finish(kept)
 
 
 def _note(record: _Record, key: str, tensors: Any, own: Set[int] = frozenset()) -> None:
@@ -157,24 +164,52 @@ def _note(record: _Record, key: str, tensors: Any, own: Set[int] = frozenset()) 
     setattr(record, key, getattr(record, key) or size)
 
 
-def _note_split(model: nn.Module, layers: Sequence[Layer], records: Sequence[_Record], watch: _Watch) -> None:
-    """What a split backward leaves (runtime/pipeline/split_backward.py), from linear layers' forwards on."""
+def _note_split(model: nn.Module, layers: Sequence[Layer], records: Sequence[_Record], watch: _Watch) -> _Rebuilt:
+    """What a split backward leaves (runtime/pipeline/split_backward.py), from the forwards on; gives what need not be
+    kept for it."""
     modules = dict(model.named_modules())
     seen: dict[int, Tensor] = {}
+    rebuilt = _Rebuilt(model)
 
-    def note(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        if _storage(given[0]) not in seen:  # which several layers may share
-            seen[_storage(given[0])] = given[0]
-            watch.record.left += given[0].numel() * given[0].element_size()
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         watch.record.left += output.numel() * output.element_size()
+        if isinstance(module, nn.Linear):
+            rebuilt.note(module, given[0])
+            if _storage(given[0]) not in seen:  # which several layers may share
+                seen[_storage(given[0])] = given[0]
+                watch.record.left += given[0].numel() * given[0].element_size()
 
-    for module in modules.values():
-        if type(module) is nn.Linear:
-            module.register_forward_hook(note)
+    taken = [module for module in modules.values() if is_split(module)]
+    for module in taken:
+        module.register_forward_hook(note)
     for layer, record in zip(layers, records, strict=True):
         inside = [module for name in layer.modules for module in modules[name].modules()]
-        others = {p for one in inside if type(one) is not nn.Linear for p in one.parameters(recurse=False)}
+        others = {p for one in inside if one not in taken for p in one.parameters(recurse=False)}
         record.ready = sum(p.numel() * p.element_size() for p in others if p.requires_grad)
+    return rebuilt
+
+
+class _Rebuilt:
+    """Storages that only linear layers would keep, who can do without (runtime/pipeline/rebuilt.py)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._makers = Makers(model)
+        everywhere = (module for _, module in model.named_modules(remove_duplicate=False))
+        self._holders = Counter(p for module in everywhere for p in module._parameters.values() if p is not None)
+        self._uses: Counter[int] = Counter()
+        self.saves: Counter[int] = Counter()  # by storage
+        self.record_of: dict[int, _Record] = {}  # who counts it as kept
+
+    def note(self, layer: nn.Linear, given: Tensor) -> None:
+        """A linear layer runs."""
+        if self._holders[layer.weight] == 1 and self._makers.find(given) is not None:
+            self._uses[_storage(given)] += 1
+
+    def finish(self, kept: Mapping[int, Tensor]) -> None:
+        """Behind the forward, tell the records. kept: by storage."""
+        for place, uses in self._uses.items():
+            if place in kept and self.saves[place] == uses:
+                self.record_of[place].rebuilt += kept[place].untyped_storage().nbytes()
 
 
 def _batch(model: nn.Module, job: JobConfig) -> Any:

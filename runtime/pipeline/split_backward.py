@@ -6,79 +6,77 @@ of the work, are one product of its input and its output's gradient: the layer's
 and keeps the two. What else has parameters (norms, embeddings, biases) gives its gradients at once, and they are kept
 until the weights' turn, so that whoever takes gradients sees those of one micro-batch together.
 
-[Note: products]
-In whole backwards too a linear layer gives its weight's gradient as a product, which the sum over micro-batches takes
-in as it is computed (as Megatron-LM's fused accumulation): autograd would write it, and somebody else read and add it.
-A layer that a forward uses several times gives the sum of its products, when the first use's has come.
+[Note: lazy]
+In whole backwards too a linear layer or an embedding gives its weight's gradient uncomputed, and the sum over
+micro-batches takes it in as it is computed (lazy_gradients.py). A layer that a forward uses several times gives the
+sum, when the first use's has come.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MethodType
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dstrain.runtime.gradients import GradientReducer, Product
+from dstrain.runtime.gradients import GradientReducer
+from dstrain.runtime.lazy_gradients import LazyGradient, Product, Rows, Sum
+from dstrain.runtime.pipeline.rebuilt import Makers, Rebuild
+
+_Layer = nn.Linear | nn.Embedding
 
 
-class _Use(NamedTuple):
-    """Of a linear layer, with its output's gradient: (n, in), (n, out)."""
-
-    given: Tensor
-    output: Tensor
+_Use = Sequence[tuple[nn.Parameter, LazyGradient]]
+"""Of a layer, in its backward: the gradients of its parameters."""
 
 
 class WeightGradients:
     """What a backward has left to be done."""
 
     def __init__(self) -> None:
-        self.uses: list[tuple[nn.Linear, _Use]] = []
+        self.uses: list[_Use] = []
         self.ready: dict[Tensor, Tensor] = {}
 
-    def compute(self, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Product | None]]:
+    def compute(self, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, LazyGradient | None]]:
         """Each of these parameters with its gradient, the last first, as a backward makes them: so buckets fill in
-        turn. It is the product, or in `parameter.grad`."""
+        turn. It is there uncomputed, or in `parameter.grad`."""
         ready, self.ready = self.ready, {}
-        of_parameter: dict[nn.Parameter, list[tuple[nn.Linear, _Use]]] = {}
+        of_parameter: dict[nn.Parameter, list[LazyGradient]] = {}
         while self.uses:
-            layer, use = self.uses.pop()
-            for parameter in layer.parameters(recurse=False):
-                if parameter.requires_grad:
-                    of_parameter.setdefault(parameter, []).append((layer, use))
+            for parameter, lazy in self.uses.pop():
+                of_parameter.setdefault(parameter, []).append(lazy)
         for parameter in reversed(parameters):
-            uses, gradient = of_parameter.pop(parameter, []), ready.pop(parameter, None)
-            if gradient is None and len(uses) == 1 and uses[0][0].weight is parameter:
-                yield parameter, _product(uses[0][1])
-                continue
-            for layer, use in uses:
-                more = _whole(_product(use)) if layer.weight is parameter else use.output.sum(0)
-                gradient = more if gradient is None else gradient + more
-            if gradient is not None:
-                parameter.grad = gradient
+            lazies, gradient = of_parameter.pop(parameter, []), ready.pop(parameter, None)
+            if gradient is None and len(lazies) == 1:
+                yield parameter, lazies[0]
+            elif gradient is not None or lazies:
+                parameter.grad = _sum(lazies, gradient)
                 yield parameter, None
 
 
 class Splitter:
-    """Takes over the weights' gradients of a model's linear layers. [Note: split], [Note: products]"""
+    """Takes over the weights' gradients of a model's linear layers and embeddings. [Note: split], [Note: lazy]"""
 
     def __init__(self, model: nn.Module) -> None:
         self._left: WeightGradients | None = None
         self._reducer: GradientReducer | None = None
         self._is_on = self._in_backward = False
-        self._uses: Counter[nn.Linear] = Counter()
-        self._waiting: dict[nn.Linear, list[_Use]] = {}
+        self._uses: Counter[_Layer] = Counter()
+        self._waiting: dict[_Layer, list[_Use]] = {}
         everywhere = (module for _, module in model.named_modules(remove_duplicate=False))
         holders = Counter(id(p) for module in everywhere for p in module._parameters.values())
         self._shared = {known for known, count in holders.items() if count > 1}
-        for module in model.modules():
-            if type(module) is nn.Linear and "forward" not in vars(module):
-                module.forward = MethodType(self._forward_of(), module)  # type: ignore[method-assign]
+        self._makers = Makers(model)
+        self._maker: tuple[Any, Rebuild | None] = None, None  # of the last linear layer's input in a forward
+        self._rebuilt: tuple[Rebuild, Tensor] | None = None  # the last one in a backward
+        for module in filter(is_split, model.modules()):
+            run: Callable[..., Tensor] = self._linear if isinstance(module, nn.Linear) else self._embedding
+            module.forward = partial(run, module)
 
     @contextmanager
     def forward(self, splits: bool) -> Iterator[None]:
@@ -88,7 +86,7 @@ class Splitter:
         try:
             yield
         finally:
-            self._is_on = False
+            self._is_on, self._maker = False, (None, None)
 
     @contextmanager
     def backward(self, reducer: GradientReducer) -> Iterator[None]:
@@ -97,8 +95,9 @@ class Splitter:
         try:
             with self._recomputing():
                 yield
-            for layer in list(self._waiting):  # the first use had no part in the loss
-                self._give(layer, self._waiting.pop(layer))
+            with torch.no_grad():
+                for layer in list(self._waiting):  # the first use had no part in the loss
+                    self._give(self._waiting.pop(layer))
         finally:
             self._reducer = None
             self._waiting.clear()
@@ -120,29 +119,23 @@ class Splitter:
                 left.ready[parameter] = parameter.grad
             parameter.grad = grad
 
-    def keep(self, layer: nn.Linear, is_first: bool, given: Tensor, output: Tensor) -> None:
-        """A linear layer's backward has come. is_first: of its uses in the forward."""
-        use = _Use(given.reshape(-1, given.shape[-1]), output.reshape(-1, output.shape[-1]))
+    def keep(self, layer: _Layer, is_first: bool, use: _Use) -> None:
+        """A layer's backward has come. is_first: of its uses in the forward."""
         if self._left is not None:
-            self._left.uses.append((layer, use))
+            self._left.uses.append(use)
         elif not is_first:
             self._waiting.setdefault(layer, []).append(use)
         else:
-            self._give(layer, [*self._waiting.pop(layer, ()), use])
+            self._give([*self._waiting.pop(layer, ()), use])
 
-    @torch.no_grad()
-    def _give(self, layer: nn.Linear, uses: Sequence[_Use]) -> None:
+    def _give(self, uses: Sequence[_Use]) -> None:
+        """Of one layer."""
         assert self._reducer is not None, "a backward is the pipeline's"
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        if bias is not None and bias.requires_grad:
-            bias.grad = sum((use.output.sum(0) for use in uses[1:]), uses[0].output.sum(0))
-            self._reducer.take(bias)
-        if weight is not None and weight.requires_grad:
-            if len(uses) == 1:
-                self._reducer.take(weight, _product(uses[0]))
-            else:
-                weight.grad = sum((_whole(_product(use)) for use in uses[1:]), _whole(_product(uses[0])))
-                self._reducer.take(weight)
+        for each in zip(*uses, strict=True):  # a parameter's, of all uses
+            parameter, lazy = each[0]
+            if len(each) > 1:
+                parameter.grad, lazy = _sum([one for _, one in each]), None
+            self._reducer.take(parameter, lazy)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -152,27 +145,54 @@ class Splitter:
             yield
         finally:
             self._is_on = self._in_backward = False
+            self._maker, self._rebuilt = (None, None), None
 
-    def _forward_of(self) -> Any:
-        def forward(layer: nn.Linear, given: Tensor) -> Tensor:
-            if not self._is_on or not torch.is_grad_enabled() or not self._takes(layer, given):
-                return F.linear(given, layer.weight, layer.bias)
-            is_first = not self._uses[layer]
-            self._uses[layer] += not self._in_backward
-            split: Tensor = _SplitLinear.apply(given, layer.weight, layer.bias, layer, self, is_first)  # type: ignore[no-untyped-call]
-            return split
+    def rebuilt(self, rebuild: Rebuild) -> Tensor:
+        """Computed once for all neighbours that have the same input."""
+        if self._rebuilt is None or self._rebuilt[0] is not rebuild:
+            self._rebuilt = rebuild, rebuild()
+        return self._rebuilt[1]
 
-        return forward
+    def _linear(self, layer: nn.Linear, given: Tensor) -> Tensor:
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        if weight is None or not self._takes(layer, given):
+            return F.linear(given, layer.weight, layer.bias)
+        maker = given.grad_fn
+        if maker is None or maker is not self._maker[0]:
+            self._maker = maker, self._makers.rebuild(given)
+        words = layer, self, self._is_first(layer), self._maker[1]
+        output: Tensor = _Linear.apply(given, weight, bias, *words)  # type: ignore[no-untyped-call]
+        return output
 
-    def _takes(self, layer: nn.Linear, given: Tensor) -> bool:
+    def _embedding(self, layer: nn.Embedding, places: Tensor) -> Tensor:
+        if not self._takes(layer, places):
+            return F.embedding(places, layer.weight)
+        output: Tensor = _Embedding.apply(layer.weight, places, layer, self, self._is_first(layer))  # type: ignore[no-untyped-call]
+        return output
+
+    def _is_first(self, layer: _Layer) -> bool:
+        """Of a layer's uses in a forward."""
+        is_first = not self._uses[layer]
+        self._uses[layer] += not self._in_backward
+        return is_first
+
+    def _takes(self, layer: _Layer, given: Tensor) -> bool:
         """Whether nobody else looks at the gradients of a layer; in a whole backward, nor adds to them."""
-        if torch.is_autocast_enabled(given.device.type) or "weight" not in layer._parameters:  # made of others
+        if not self._is_on or not torch.is_grad_enabled() or torch.is_autocast_enabled(given.device.type):
             return False
-        parameters = [p for p in layer._parameters.values() if p is not None]
-        return not any(p._backward_hooks or (id(p) in self._shared and not self._splits) for p in parameters)
+        parameters = layer._parameters
+        weight = parameters.get("weight")  # None: it is made of others
+        if weight is None or not weight.requires_grad:
+            return False
+        for parameter in parameters.values():
+            if parameter is not None and (
+                parameter._backward_hooks or (not self._splits and id(parameter) in self._shared)
+            ):
+                return False
+        return True
 
 
-class _SplitLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -182,23 +202,59 @@ class _SplitLinear(torch.autograd.Function):
         layer: nn.Linear,
         splitter: Splitter,
         is_first: bool,
+        rebuild: Rebuild | None,
     ) -> Tensor:
-        ctx.save_for_backward(given, weight)
-        ctx.layer, ctx.splitter, ctx.is_first = layer, splitter, is_first
+        ctx.save_for_backward(weight, None if rebuild else given)
+        ctx.layer, ctx.splitter, ctx.is_first, ctx.rebuild = layer, splitter, is_first, rebuild
         return F.linear(given, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, output: Tensor) -> Any:
-        given, weight = ctx.saved_tensors
+        weight, given = ctx.saved_tensors
+        if given is None:
+            given, ctx.rebuild = ctx.splitter.rebuilt(ctx.rebuild), None
         inner = output @ weight if ctx.needs_input_grad[0] else None
-        ctx.splitter.keep(ctx.layer, ctx.is_first, given, output)
-        return inner, None, None, None, None, None
+        flat = output.reshape(-1, output.shape[-1])
+        use: list[tuple[nn.Parameter, LazyGradient]] = []
+        own = ctx.layer._parameters
+        if (bias := own["bias"]) is not None and bias.requires_grad:
+            use.append((bias, Sum(flat)))
+        use.append((own["weight"], Product(flat.t(), given.reshape(-1, given.shape[-1]))))
+        ctx.splitter.keep(ctx.layer, ctx.is_first, use)
+        return inner, None, None, None, None, None, None
 
 
-def _product(use: _Use) -> Product:
-    """The gradient of the weight."""
-    return Product(use.output.t(), use.given)
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, places: Tensor, layer: nn.Embedding, splitter: Splitter, is_first: bool
+    ) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.layer, ctx.splitter, ctx.is_first = layer, splitter, is_first
+        return F.embedding(places, weight)
+
+    @staticmethod
+    def backward(ctx: Any, output: Tensor) -> Any:
+        flat = output.reshape(-1, output.shape[-1])
+        rows = Rows(ctx.saved_tensors[0].reshape(-1), flat, ctx.layer.num_embeddings)
+        ctx.splitter.keep(ctx.layer, ctx.is_first, [(ctx.layer.weight, rows)])
+        return None, None, None, None, None
 
 
-def _whole(product: Product) -> Tensor:
-    return product.left @ product.right
+def _sum(lazies: Sequence[LazyGradient], gradient: Tensor | None = None) -> Tensor:
+    """Of at least one."""
+    for lazy in lazies:
+        more = lazy.whole()
+        gradient = more if gradient is None else gradient + more
+    assert gradient is not None
+    return gradient
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether its weight's gradient can be taken over: a linear layer's, and an embedding's that is of its rows and
+    nothing else."""
+    if "forward" in vars(module):
+        return False
+    if type(module) is nn.Embedding:
+        return not (module.sparse or module.scale_grad_by_freq or module.max_norm or module.padding_idx is not None)
+    return type(module) is nn.Linear

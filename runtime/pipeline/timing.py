@@ -70,7 +70,7 @@ class LayerTimer:
         return seconds
 
     def key(self, batch: Any) -> dict[str, Any]:
-        """All that the times depend on, as JSON."""
+        """What the times depend on, as far as layers and batch say it, as JSON."""
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else "cpu"
         return {
             "device": name,

@@ -7,6 +7,10 @@ values as they were (3), queries and keys turned (2), what attention has mixed (
 Besides, in fp32, each norm's mean and deviation, and attention's sum for each head. Scores are never kept: attention
 computes them again, block by block (Dao et al. 2022).
 
+[Note: what is rebuilt]
+In a pipeline the inputs of the matrices behind both norms (2) and the GELU (4) are computed again: 6
+(runtime/pipeline/rebuilt.py). The head's, whose weight is the embedding's too, is not, but where backwards are split.
+
 [Note: what is left]
 Of a block whose backward is split: the inputs of its four matrices (1 + 1 + 1 + 4), and the gradients of what came out
 of them (3 + 1 + 4 + 1): 16 in the same units.
@@ -21,6 +25,8 @@ KEPT_OF_A_BLOCK = 19
 """[Note: what a block keeps]"""
 LEFT_OF_A_BLOCK = 16
 """[Note: what is left]"""
+REBUILT_OF_A_BLOCK = 6
+"""[Note: what is rebuilt]"""
 
 
 def gpt_shapes(config: GPTConfig, sequence_length: int, item_bytes: int) -> ModelShapes:
@@ -28,8 +34,7 @@ def gpt_shapes(config: GPTConfig, sequence_length: int, item_bytes: int) -> Mode
     width, length = config.width, sequence_length
     stream = float(length * width * item_bytes)
     parameters = [ParameterShape("token.weight", (config.vocabulary, width))]
-    table = float(config.vocabulary * width * item_bytes)
-    layers = [LayerShape("token", ("token.weight",), 8.0 * length, 8.0 * length, stream, 0.0, ready_bytes=table)]
+    layers = [LayerShape("token", ("token.weight",), 8.0 * length, 8.0 * length, stream, 0.0, left_bytes=stream)]
     for number in range(config.layers):
         own = _parameters_of_block(f"blocks.{number}", width)
         parameters += own
@@ -80,5 +85,6 @@ def _block(config: GPTConfig, name: str, parameters: tuple[str, ...], length: in
         weight_flops=2.0 * length * 12 * width * width,
         other_flops=4.0 * length * length * width,
         left_bytes=LEFT_OF_A_BLOCK * stream,
+        rebuilt_bytes=REBUILT_OF_A_BLOCK * stream,
         ready_bytes=4.0 * width * item_bytes,
     )

@@ -38,6 +38,7 @@ class LayerShape:
     other_flops: products of activations (attention), whose gradients take twice as much.
     left_bytes: what a split backward leaves for the weights' turn: inputs of linear layers, and gradients of their
     outputs. ready_bytes: gradients of all other parameters, which it makes at once and keeps; however many samples.
+    rebuilt_bytes: of what is kept, what a pipeline computes again in the backward.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LayerShape:
     other_flops: float = 0.0
     left_bytes: float = 0.0
     ready_bytes: float = 0.0
+    rebuilt_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

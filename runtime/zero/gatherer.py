@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dstrain.runtime.hooks import repeatable
 from dstrain.runtime.pages import prefer_large_pages
 from dstrain.runtime.spec.trace import Category
 from dstrain.runtime.tracing.recorder import Recorder
@@ -191,6 +192,7 @@ class Gatherer:
             return set()
         return {unit for item in output for unit in self.units_in(item)}
 
+    @repeatable
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
         if slot is None or slot.unit is None or tensor.is_conj() or tensor.is_neg():

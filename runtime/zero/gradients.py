@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.runtime.comm_group import CommGroup, Pending
-from dstrain.runtime.gradients import GradientBucket, GradientReducer, Product, sum_dtype
+from dstrain.runtime.gradients import GradientBucket, GradientReducer, sum_dtype
+from dstrain.runtime.lazy_gradients import LazyGradient
 from dstrain.runtime.pages import prefer_large_pages
 from dstrain.runtime.spec.trace import Category
 from dstrain.runtime.zero.divergence import Lookout
@@ -118,8 +119,8 @@ class ShardedGradients(GradientReducer):
     def _reduces_in(self, last: bool) -> bool:
         return last or self._sharded_accumulation
 
-    def _on_gradient(self, parameter: nn.Parameter, product: Product | None) -> None:
-        super()._on_gradient(parameter, product)
+    def _on_gradient(self, parameter: nn.Parameter, lazy: LazyGradient | None) -> None:
+        super()._on_gradient(parameter, lazy)
         bucket = self._bucket_of[parameter]
         if bucket.is_complete:
             self._done_with(self._unit_of[id(bucket)])

@@ -83,8 +83,9 @@ def _replicated(
         plan = plan_unit(group.name, shapes, shards=1)
         parameters = [parameter for _, parameter in group.parameters]
         buckets.append(GradientBucket(plan, parameters, sum_dtype(parameters[0].dtype, dtype)))
-    if comm.world_size == 1:
-        gradients = _staged(buckets, OwnGradients, comm, dims, part)
+    gradients: Gradients
+    if comm.world_size == 1 and part is None:
+        gradients = OwnGradients(buckets)
     else:
         ranks = comm.everyone()
         ranks.choose(zero.comm)

@@ -118,6 +118,29 @@ def test_on_fewer_hosts_the_job_keeps_its_global_batch(light, start, script, tmp
     assert len(changes) == 2
 
 
+PIPED = """
+model: {gpt: {layers: 2, width: 16, heads: 2, context: 16}}
+batch: {global: 4, micro: 1}
+parallel: {pipeline: 2, schedule: own.csv}
+train: {steps: 100000}
+log: {every: 1}
+"""
+
+
+@pytest.mark.slow
+def test_a_schedule_of_too_few_micro_batches_is_not_started_again(light, start, tmp_path):
+    """Half the hosts have twice the micro-batches, which the user's file does not have."""
+    (tmp_path / "job.yaml").write_text(PIPED)
+    (tmp_path / "own.csv").write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n")
+    words = ["-H", hostfile(tmp_path, "h1 slots=2", "h2 slots=2"), "--max-restarts", "3", "--min-nodes", "1"]
+    run = start(*words, "job.yaml", env=light.env)
+    lab.wait_for(lambda: " loss " in run.out, "the first steps", 60)
+    os.kill(run.ancestor(3, "dstrain-agent"), signal.SIGKILL)
+    assert run.wait() == 207, run.err
+    assert "dstrain: not started again: schedule own.csv, rank 0, cell 4: expected 0F2" in run.err
+    assert len(run.report["attempts"]) == 1
+
+
 @pytest.mark.slow
 def test_a_host_that_fails_twice_in_a_row_gives_its_place_to_a_spare(light, start, script, tmp_path):
     text = "import os\nif os.environ['DSTRAIN_HOST'] == 'h2':\n    raise OSError('this disk is broken')\nprint('well')"

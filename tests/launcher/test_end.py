@@ -47,7 +47,12 @@ def test_killed_worker_is_the_cause(running):
 
 @pytest.mark.parametrize(
     ("victim", "code"),
-    [("dstrain-agent", 207), ("dstrain-warden", 207), ("sshd", 200), ("zygote", 207)],
+    [
+        ("dstrain-agent", 207),
+        ("sshd", 200),
+        pytest.param("dstrain-warden", 207, marks=pytest.mark.slow),
+        pytest.param("zygote", 207, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_part_of_a_host(running, victim, code):
     pid = lab.parent(running.rank_pid(2)) if victim == "zygote" else running.ancestor(2, victim)
@@ -83,7 +88,14 @@ def test_local_run_survives_nothing_either(start, script):
     run.wait_gone(KILLED_AFTER_S, at)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGHUP, 129),  # Ctrl-C is below, SIGTERM what ends runs of other tests
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_signal_to_the_console_ends_the_run(running, number, code):
     at = time.monotonic()
     running.process.send_signal(number)
@@ -130,6 +142,7 @@ def test_stubborn_ranks_are_killed_after_the_grace(light, start, script):
     run.wait_gone(15, at)
 
 
+@pytest.mark.slow  # test_hang.py has its twin
 def test_stopped_rank_is_named(running):
     at = time.monotonic()
     os.kill(running.rank_pid(1), signal.SIGSTOP)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.lab
 YAML = """
 name: tiny
 model: {gpt: {layers: 1, width: 16, heads: 2, context: 16}}
+data: {path: %s}
 batch: {global: 8, micro: 2}
 train: {steps: 100000, sample_bytes: 0, eval_samples: 4}
 checkpoint: {every_steps: 20}
@@ -26,7 +27,8 @@ log: {every: 1}
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    (tmp_path / "job.yaml").write_text(YAML)
+    (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 100)
+    (tmp_path / "job.yaml").write_text(YAML % (tmp_path / "text"))
     return tmp_path / "job.yaml"
 
 

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 import yaml
+from trace_lab import recorded
 from typer.testing import CliRunner
 
 from dstrain.launcher.cli import app
@@ -25,7 +26,8 @@ from dstrain.runtime.spec.errors import DstrainError, UsageError
 from dstrain.runtime.spec.gpt_shapes import gpt_shapes
 from dstrain.runtime.spec.load import job_of
 from dstrain.runtime.spec.parallel_dims import ParallelDims
-from dstrain.runtime.spec.schedule import SCHEDULE_NAMES, find_schedule, simulate
+from dstrain.runtime.spec.schedule import SCHEDULE_NAMES, Took, find_schedule, simulate
+from dstrain.runtime.spec.trace import write_trace
 
 GPT = {"layers": 6, "width": 64, "heads": 2, "context": 32, "vocabulary": 256}
 LARGE = {"layers": 24, "width": 4096, "heads": 32, "context": 2048, "vocabulary": 50304}
@@ -144,7 +146,7 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
     "required": [
         *("model", "world_size", "hosts", "layout", "pipeline_ranks", "fits", "flows", "costs_s", "bubble"),
-        *("makespan_s", "exposed_s", "step_s", "assumed", "warnings"),
+        *("makespan_s", "replayed_steps", "exposed_s", "step_s", "assumed", "warnings"),
     ],
     "properties": {
         "model": {"type": "object"},
@@ -179,6 +181,7 @@ SCHEMA: dict[str, Any] = {
         "costs_s": {"type": "object", "additionalProperties": NUMBERS},
         "bubble": {"type": "number", "minimum": 0, "maximum": 1},
         "makespan_s": {"type": "number"},
+        "replayed_steps": {"type": "integer", "minimum": 0},
         "exposed_s": {"type": "number"},
         "step_s": {"type": "number"},
         "assumed": {"type": "array", "items": {"type": "string"}},
@@ -341,6 +344,27 @@ def test_costs_of_each_stage_come_from_a_file(folder: Path) -> None:
     assert "--costs: forward: expected 2 numbers, one for each of the stages, found 3" in with_three
 
 
+def test_a_trace_of_the_schedule_is_replayed_and_of_another_gives_its_medians(folder: Path) -> None:
+    """Of four micro-batches one is slow, which medians do not show."""
+    schedule = find_schedule("1f1b", 2, 4)
+    actions = [action for row in schedule.ranks for action in row]
+    took = {action: Took(1.0 if action.micro_batch == 1 else 0.25) for action in actions}
+    timeline = simulate(schedule, took)
+    write_trace(Path("trace.json"), [*recorded(timeline, 1, 0)])
+    words = ["job.yaml", "--hosts", "a:2", "--set", "parallel.pipeline=2", "--costs", "trace.json"]
+    said = json.loads(plan(*words, "--set", "batch.global=4", "--json"))
+    assert said["replayed_steps"] == 1
+    assert said["makespan_s"] == pytest.approx(timeline.makespan_s)
+    assert said["bubble"] == pytest.approx(timeline.bubble)
+    text = plan(*words, "--set", "batch.global=4")
+    assert f"bubble {100 * timeline.bubble:.1f} % of 4 micro-batches, median of 1 traced step, replayed" in text
+    for other in ("batch.global=8", "parallel.schedule=gpipe"):
+        said = json.loads(plan(*words, "--set", "batch.global=4", "--set", other, "--json"))
+        assert said["replayed_steps"] == 0
+        assert said["costs_s"]["forward"] == pytest.approx([0.25, 0.25])
+        assert said["makespan_s"] < timeline.makespan_s
+
+
 @pytest.mark.parametrize("name", SCHEDULE_NAMES)
 @pytest.mark.parametrize("micro_batches", [1, 3, 16, 31])
 def test_a_small_schedule_is_simulated_whole(name: str, micro_batches: int) -> None:
@@ -456,6 +480,15 @@ def test_a_slow_link_is_told() -> None:
     said = said_of(config, "a:1,b:1,c:1,d:1", link=("10", "c=1"))
     assert "of a step" in said
     assert "c's link to other hosts (1 Gbit/s)" in said
+
+
+@pytest.mark.parametrize(("schedule", "is_told"), [("zb_h1", True), ("zb_v", True), ("own.csv", True), ("1f1b", False)])
+def test_what_autocast_cannot_split_is_told(folder: Path, schedule: str, is_told: bool) -> None:
+    Path("own.csv").write_text("0F0,0F1,0B0,,0B1\n1F0,1B0,1F1,1I1,1W1\n")
+    piped = {"parallel": {"pipeline": 2, "schedule": schedule}, "batch": {"global": 2, "micro": 1}}
+    for autocast in (True, False):
+        said = said_of(job(precision={"dtype": "bf16", "autocast": autocast}, **piped), "a:2")
+        assert (f"warning: {schedule} splits nothing under precision.autocast" in said) is (is_told and autocast)
 
 
 def test_a_large_bubble_is_told() -> None:

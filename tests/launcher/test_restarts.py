@@ -216,6 +216,29 @@ def test_what_has_changed_is_said():
     assert found.changes[1] == "2 of 3 slots are used, so that batch.global divides"
 
 
+@pytest.mark.parametrize(
+    ("whole", "micro", "first", "offered", "slots", "new_micro", "parallel"),
+    [
+        (12, 1, [4, 4], [4, 2], (4, 0), 1, {}),  # 6 ranks are no two pipelines of 4
+        (8, 4, [4, 4, 4, 4], [4, 4, 4], (4, 4, 0), 4, {}),  # 3 data ranks do not divide 8
+        (9, 1, [4, 4], [4], (4,), 1, {}),  # 1 data rank, though 4 ranks do not divide 9
+        (12, 2, [4, 4, 4, 4], [4, 4], (4, 4), 2, {"data_replicate": 2, "data_shard": 2}),
+    ],
+)
+def test_a_pipeline_keeps_its_length(whole, micro, first, offered, slots, new_micro, parallel):
+    found = fit(job(whole, micro, pipeline=4, **parallel), first, offered, 1)
+    assert found is not None
+    assert found.slots == slots
+    values = json.loads(found.job or "")
+    assert values["batch"]["micro"] == new_micro
+    shrunk = {"data_replicate": 1, "data_shard": 2} if parallel else {}
+    assert values["parallel"] == {"pipeline": 4, **shrunk}
+
+
+def test_a_pipeline_without_ranks_enough_is_no_way():
+    assert fit(job(8, 1, pipeline=4), [2, 2], [2], 1) is None
+
+
 def test_a_plain_script_takes_what_there_is():
     for text in (None, '{"name": "x", "batch": null, "parallel": {}}'):
         found = fit(text, [4, 4], [3, 4], 1)

@@ -313,7 +313,14 @@ sys.exit(int(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize(("mode", "code"), [([], "0"), ([], "7"), (["--no-preload"], "7")])
+@pytest.mark.parametrize(
+    ("mode", "code"),
+    [
+        ([], "7"),
+        pytest.param([], "0", marks=pytest.mark.slow),
+        pytest.param(["--no-preload"], "7", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interpreters_end(start, script, tmp_path, mode, code):
     path = script(LAST_WORDS)
     run = start("-n", "1", *mode, path, tmp_path / "ours-", code)

@@ -6,8 +6,10 @@ import json
 
 import pytest
 from trace_lab import check_file, names
+from typer.testing import CliRunner
 
 import lab
+from dstrain.launcher.cli import app
 from dstrain.launcher.plan import Target
 from dstrain.launcher.request import RunOptions, build_request
 from dstrain.runtime.spec.errors import UsageError
@@ -16,15 +18,17 @@ from dstrain.runtime.spec.trace import Category, read_trace
 
 JOB = """
 model: {gpt: {layers: 4, width: 16, heads: 2, context: 16}}
+data: {path: text}
 batch: {global: 4, micro: 1}
 parallel: {pipeline: 2, schedule: zb_h1}
-train: {steps: 8, sample_bytes: 0}
+train: {steps: 8, sample_bytes: 0, eval_samples: 4}
 """
 
 
 @pytest.mark.lab
 def test_the_timeline_of_ranks_on_two_hosts_is_one_file(start, light: lab.Lab, tmp_path):
     (tmp_path / "job.yaml").write_text(JOB)
+    (tmp_path / "text").write_bytes(b"the quick brown fox jumps over the lazy dog\n" * 100)
     hosts = light.hostfile(slots=1, names=light.names[:2])
     run = start("-H", hosts, "--trace", "job.yaml", env=light.env)
     assert run.wait(90) == 0, run.err
@@ -45,6 +49,10 @@ def test_the_timeline_of_ranks_on_two_hosts_is_one_file(start, light: lab.Lab, t
     assert f"the timeline of 3 steps is in {run.directory}/trace.json, for ui.perfetto.dev; bubble" in run.err
     assert measured.costs is not None
     assert 0 < simulate(plan, measured.costs).bubble < 1
+    words = ["plan", str(tmp_path / "job.yaml"), "-H", str(hosts), "--costs", str(path), "--json"]
+    planned = json.loads(CliRunner().invoke(app, words, catch_exceptions=False).output)
+    assert planned["replayed_steps"] == 3
+    assert planned["bubble"] == pytest.approx(measured.bubble, rel=0.05)
     assert json.loads((run.directory / "job.json").read_text())["job"]["log"]["trace"] == "4-6"
 
 

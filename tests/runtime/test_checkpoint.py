@@ -80,8 +80,15 @@ def bytes_of(folder: Path, step: int) -> dict[str, bytes]:
     return {name: tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("dtype", "ranks"),
+    [
+        ("fp16", 1),
+        ("fp32", 2),
+        pytest.param("fp32", 1, marks=pytest.mark.slow),
+        pytest.param("fp16", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_ten_steps_and_a_kill_and_ten_are_twenty_bitwise(
     run_ranks: RunRanks, job: Path, tmp_path: Path, ranks: int, dtype: str
 ) -> None:

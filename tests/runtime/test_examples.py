@@ -130,7 +130,9 @@ def test_recommender_learns_tastes() -> None:
 
 
 @pytest.mark.lab
-@pytest.mark.parametrize("name", ["gpt", "vision", "recommendation"])
+@pytest.mark.parametrize(
+    "name", ["vision", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt", "recommendation"))]
+)
 def test_an_example_runs_on_two_ranks(start: Callable[..., Any], name: str) -> None:
     """Shortened; the whole ones are for `make test-all`."""
     run = start("--set", "train.steps=4", "--set", "log.every=2", EXAMPLES / f"{name}.yaml")

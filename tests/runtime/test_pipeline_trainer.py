@@ -78,6 +78,7 @@ def test_a_job_trains_validates_and_goes_on_as_one_process(
     for events in run_ranks(ranks, work):
         for kind, field in (("step", "loss"), ("step", "grad_norm"), ("validation", "val_loss")):
             assert losses(events, kind, field) == pytest.approx(losses(alone, kind, field), abs=1e-4)
+        assert not losses(events, "alive", "step"), "said now and then, not for each of many micro-batches"
     assert "--- sample" in capfd.readouterr().out
     # step 3 of the pipeline goes on in one process
     again = trained(job, tmp_path / "again", monkeypatch, "--resume", str(tmp_path / "checkpoints" / "step-3"))
@@ -111,6 +112,26 @@ def test_layers_are_timed_once_for_a_job_that_goes_on(
     words += ["--set", "batch.micro=2"]  # another measurement
     run_ranks(2, work)
     assert "100000.0" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("samples", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_validation_where_one_stage_gathers_and_data_ranks_have_unequal_shares(
+    run_ranks: RunRanks, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: int
+) -> None:
+    """Of two; the first stage has the embedding, which is small and stays whole. Each validation says that it lives."""
+    monkeypatch.setattr(trainer, "ALIVE_S", -1.0)
+    keys = ["model.gpt.width=32", "model.gpt.layers=2", f"train.eval_samples={samples}", "train.steps=1"]
+    common = [word for key in (*keys, "train.sample_bytes=0", "checkpoint=null") for word in ("--set", key)]
+    alone = trained(job, tmp_path / "alone", monkeypatch, *common)
+    words = [*of(2, 3, "1f1b"), "--set", "parallel.partition=[1, 3]", "--set", "zero.resident_elements=10000"]
+
+    def work(rank: int) -> list[dict[str, Any]]:
+        return trained(job, tmp_path / f"rank-{rank}", monkeypatch, *common, *words)
+
+    expected = losses(alone, "validation", "val_loss")
+    for events in run_ranks(4, work, timeout_s=45.0):
+        assert losses(events, "validation", "val_loss") == pytest.approx(expected, abs=1e-4)
+        assert [event["step"] for event in events if event["kind"] == "alive"] == [1]
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------
@@ -184,8 +205,11 @@ def hashes(run_ranks: RunRanks, folder: Path, layouts: list[Layout]) -> set[str]
     return found
 
 
-def test_layouts_with_and_without_a_pipeline_in_every_pair(run_ranks: RunRanks, tmp_path: Path) -> None:
-    assert len(hashes(run_ranks, tmp_path, QUICK)) == 1
+@pytest.mark.parametrize("layouts", [QUICK[::2], pytest.param(QUICK, marks=pytest.mark.slow)], ids=len)
+def test_layouts_with_and_without_a_pipeline_in_every_pair(
+    run_ranks: RunRanks, tmp_path: Path, layouts: list[Layout]
+) -> None:
+    assert len(hashes(run_ranks, tmp_path, layouts)) == 1
 
 
 @pytest.mark.slow
@@ -193,7 +217,7 @@ def test_every_pipeline_at_every_stage_in_every_pair(run_ranks: RunRanks, tmp_pa
     assert len(hashes(run_ranks, tmp_path, ALL)) == 1
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_the_whole_model_in_one_file(run_ranks: RunRanks, tmp_path: Path, stage: int) -> None:
     from safetensors.torch import load_file
 

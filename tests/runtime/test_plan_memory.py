@@ -136,8 +136,10 @@ def differences(found: dict[str, int], expected: Memory) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("ranks", [1, 2])
+SOME, OTHERS = [(1, "fp32"), (2, "bf16")], [(1, "bf16"), (2, "fp32")]
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [*SOME, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)])
 def test_state_is_as_planned(run_ranks: RunRanks, ranks: int, dtype: str) -> None:
     cases = [(name, "adamw", accumulation) for name in ZEROS for accumulation in (1, 2)]
     cases += [(name, optimizer, 1) for name in ("0", "2", "3") for optimizer in ("sgd", "muon", "adafactor")]

@@ -28,11 +28,12 @@ from dstrain.runtime.optimizers import make_optimizer
 from dstrain.runtime.pipeline import executor
 from dstrain.runtime.pipeline.cuts import chain_of
 from dstrain.runtime.pipeline.gradients import StagedGradients
-from dstrain.runtime.pipeline.making import dims_of, make_pipeline
+from dstrain.runtime.pipeline.making import make_pipeline
 from dstrain.runtime.pipeline.part import ModelPart
 from dstrain.runtime.pipeline.partition import bounds
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.gpt_shapes import gpt_shapes
+from dstrain.runtime.spec.job_layout import dims_of
 from dstrain.runtime.spec.load import job_of
 from dstrain.runtime.spec.schedule import SCHEDULE_NAMES
 from dstrain.runtime.task import LanguageTask
@@ -219,6 +220,7 @@ def test_each_pipeline_rank_is_as_planned(run_ranks: RunRanks, ranks: int) -> No
     assert_planned(run_ranks, ranks, configs)
 
 
+@pytest.mark.slow
 def test_other_schedules_and_lower_precision(run_ranks: RunRanks) -> None:
     cases = [("gpipe", 0, "fp32"), ("interleaved_1f1b", 2, "fp32"), ("zb_h1", 3, "fp32"), ("zb_h1", 2, "bf16")]
     cases += [("1f1b", 0, "bf16"), ("1f1b", 3, "bf16")]

@@ -78,6 +78,7 @@ def test_the_gpts_formulas_are_what_its_forward_does(dtype: str) -> None:
             assert ours.input_bytes == pytest.approx(theirs.input_bytes, rel=0.1)
         assert ours.left_bytes == pytest.approx(theirs.left_bytes, rel=0.01)
         assert ours.ready_bytes == pytest.approx(theirs.ready_bytes)
+        assert ours.rebuilt_bytes == pytest.approx(theirs.rebuilt_bytes)
         if ours.name != "head":
             assert ours.output_bytes == pytest.approx(theirs.output_bytes)
 

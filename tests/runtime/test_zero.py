@@ -111,8 +111,15 @@ def is_padding(engine: Engine) -> bool:
     return engine.rank == 1 and engine.micro_step == engine.config.accumulation - 1
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("comm", ["pairwise", "ring"])
+@pytest.mark.parametrize(
+    ("comm", "accumulation"),
+    [
+        ("pairwise", 2),
+        ("ring", 1),
+        pytest.param("pairwise", 1, marks=pytest.mark.slow),
+        pytest.param("ring", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_micro_batch_of_padding_alone_on_one_rank(run_ranks: RunRanks, accumulation: int, comm: str) -> None:
     training = replace(
         LANGUAGE,

@@ -6,6 +6,7 @@ import copy
 import io
 import re
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -99,31 +100,34 @@ def test_copies_of_the_model_are_plain_models(run_ranks: RunRanks, stage: str) -
     assert all(run_ranks(2, work))
 
 
-@pytest.mark.parametrize("name", ["head.bias", "blocks.0.linear.weight"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+SPOILT = list(product(["head.bias", "blocks.0.linear.weight"], [1, 2]))
+"""A parameter, and the micro-batches of a step."""
+
+
 @pytest.mark.parametrize("stage", EVERY)
-def test_a_gradient_that_is_not_finite_is_named_with_its_step_and_rank(
-    run_ranks: RunRanks, stage: str, accumulation: int, name: str
-) -> None:
-    training = replace(ODD, accumulation=accumulation)
+def test_a_gradient_that_is_not_finite_is_named_with_its_step_and_rank(run_ranks: RunRanks, stage: str) -> None:
+    def error_of(comm: Communicator, name: str, accumulation: int) -> str:
+        training = replace(ODD, accumulation=accumulation)
+        engine = engine_of(training, comm, EVERY[stage])
+        train_step(engine, training)
 
-    def work(rank: int) -> str:
-        with Communicator.connect() as comm:
-            engine = engine_of(training, comm, EVERY[stage])
+        def spoil(gradient: Tensor) -> Tensor:
+            is_first = engine.micro_step == 0
+            return gradient / 0 if comm.rank == 1 and is_first else gradient
+
+        dict(engine.module.named_parameters())[name].register_hook(spoil)
+        with pytest.raises(NonFiniteError) as caught:
             train_step(engine, training)
+        return str(caught.value)
 
-            def spoil(gradient: Tensor) -> Tensor:
-                is_first = engine.micro_step == 0
-                return gradient / 0 if rank == 1 and is_first else gradient
+    def work(_: int) -> list[str]:
+        with Communicator.connect() as comm:
+            return [error_of(comm, *case) for case in SPOILT]
 
-            dict(engine.module.named_parameters())[name].register_hook(spoil)
-            with pytest.raises(NonFiniteError) as caught:
-                train_step(engine, training)
-            return str(caught.value)
-
-    for said in run_ranks(3, work):
-        assert said.startswith("step 2: expected a finite gradient, found norm "), said
-        assert f"(in {name}) on rank 1; " in said, said
+    for errors in run_ranks(3, work):
+        for said, (name, _) in zip(errors, SPOILT, strict=True):
+            assert said.startswith("step 2: expected a finite gradient, found norm "), said
+            assert f"(in {name}) on rank 1; " in said, said
 
 
 class LeavesOut(Odd):
@@ -162,7 +166,7 @@ def test_what_nothing_uses_holds_no_other_gradients_up(run_ranks: RunRanks, stag
         assert most <= POOL + 1
 
 
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_choice_of_an_algorithm_changes_no_bit(run_ranks: RunRanks, ranks: int) -> None:
     training = replace(LANGUAGE, accumulation=2)
 

@@ -68,16 +68,17 @@ def train(engine: Engine, first: int, steps: int = STEPS) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "precision"),
+    ("optimizer", "precision", "worlds"),
     [
-        ("adamw", "fp32"),
-        pytest.param("adafactor", "fp32", marks=pytest.mark.slow),
-        pytest.param("muon", "fp32", marks=pytest.mark.slow),
-        pytest.param("adamw", "bf16", marks=pytest.mark.slow),
+        ("adamw", "fp32", [3]),
+        pytest.param("adamw", "fp32", [2, 1], marks=pytest.mark.slow),
+        pytest.param("adafactor", "fp32", [2, 1, 3], marks=pytest.mark.slow),
+        pytest.param("muon", "fp32", [2, 1, 3], marks=pytest.mark.slow),
+        pytest.param("adamw", "bf16", [2, 1, 3], marks=pytest.mark.slow),
     ],
 )
 def test_every_stage_goes_on_from_every_other(
-    run_ranks: RunRanks, tmp_path: Path, optimizer: str, precision: str
+    run_ranks: RunRanks, tmp_path: Path, optimizer: str, precision: str, worlds: list[int]
 ) -> None:
     config: dict[str, Any] = {"precision": PrecisionConfig(dtype=precision), "ema_decay": 0.9}  # type: ignore[arg-type]
 
@@ -101,7 +102,7 @@ def test_every_stage_goes_on_from_every_other(
 
     straight = run_ranks(2, save)[0]
     tolerance = 1e-5 if precision == "fp32" else 2e-2
-    for ranks in (2, 1, 3):
+    for ranks in worlds:
         for pair, losses in run_ranks(ranks, go_on)[0].items():
             assert losses == pytest.approx(straight, rel=tolerance), (ranks, pair)
 

@@ -172,8 +172,14 @@ def test_models(run_ranks: RunRanks, model: Callable[[], nn.Module]) -> None:
     compare(run_ranks, 3, replace(ODD, model=model, accumulation=2, between=same_without_gradients))
 
 
-@pytest.mark.parametrize("model", [Odd, Twice, Frozen, Shared, gpt])
-@pytest.mark.parametrize("checkpointing", ["all", 2])
+@pytest.mark.parametrize(
+    ("model", "checkpointing"),
+    [
+        *((model, "all") for model in (Odd, Twice, Frozen, Shared, gpt)),
+        (gpt, 2),
+        *(pytest.param(model, 2, marks=pytest.mark.slow) for model in (Odd, Twice, Frozen, Shared)),
+    ],
+)
 def test_activation_checkpointing(run_ranks: RunRanks, model: Callable[[], nn.Module], checkpointing: Any) -> None:
     training = replace(ODD, model=model, checkpointing=checkpointing, accumulation=2)
     compare(run_ranks, 2, training, only("2", "3") | {"3, local": STAGES["3"] | {"accumulate": "local"}})
@@ -324,7 +330,10 @@ def evaluate(engine: Engine) -> None:
     language(engine, samples)
 
 
-@pytest.mark.parametrize(("ema_decay", "dtype"), [(None, "fp32"), (0.5, "fp32"), (0.5, "bf16")])
+EVALUATED = [(0.5, "bf16"), *(pytest.param(decay, "fp32", marks=pytest.mark.slow) for decay in (None, 0.5))]
+
+
+@pytest.mark.parametrize(("ema_decay", "dtype"), EVALUATED)
 def test_evaluation_between_steps(run_ranks: RunRanks, ema_decay: float | None, dtype: Any) -> None:
     training = replace(
         LANGUAGE, between=evaluate, ema_decay=ema_decay, precision=PrecisionConfig(dtype=dtype), clip=None

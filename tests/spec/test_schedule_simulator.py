@@ -16,6 +16,7 @@ from dstrain.runtime.spec.schedule import (
     Kind,
     Schedule,
     Timeline,
+    Took,
     make_schedule,
     simulate,
 )
@@ -42,6 +43,27 @@ def test_times_by_hand() -> None:
     assert timeline.bubble == pytest.approx((40 + 34) / 116)
     assert timeline.peak_in_flight == (2, 1)
     assert timeline.peak_until_input_gradient == (2, 1)
+
+
+def test_actions_that_take_other_times_each() -> None:
+    """0F1 begins 4 s late, 1F1's message comes 1 s before 0F1 has ended, 1B0 has nothing to wait for."""
+    schedule = Schedule("hand", 2, 2, rows("0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1"), (0, 1))
+    took = {
+        "0F0": Took(1.0),
+        "0F1": Took(5.0, before_s=4.0),
+        "0B0": Took(2.0, message_s=3.0, before_s=1.0),
+        "0B1": Took(1.0, message_s=0.5),
+        "1F0": Took(3.0, message_s=2.0, before_s=1.0),
+        "1B0": Took(1.0, before_s=0.5),
+        "1F1": Took(2.0, message_s=-1.0),
+        "1B1": Took(4.0),
+    }
+    timeline = simulate(schedule, {Action.parse(text): each for text, each in took.items()})
+    assert times(timeline) == [
+        [("0F0", 0, 1), ("0F1", 5, 10), ("0B0", 11, 13), ("0B1", 15.5, 16.5)],
+        [("1F0", 3, 6), ("1B0", 6.5, 7.5), ("1F1", 9, 11), ("1B1", 11, 15)],
+    ]
+    assert timeline.bubble == pytest.approx(1 - (9 + 10) / (2 * 16.5))
 
 
 def test_stages_on_one_rank_need_no_message() -> None:

@@ -9,10 +9,10 @@ Standard library only.
 """
 
 from dstrain.runtime.spec.schedule.action import Action, Kind
-from dstrain.runtime.spec.schedule.catalog import SCHEDULE_NAMES, find_schedule, make_schedule
+from dstrain.runtime.spec.schedule.catalog import SCHEDULE_NAMES, find_schedule, make_schedule, stages_of
 from dstrain.runtime.spec.schedule.csv_file import read_csv, write_csv
 from dstrain.runtime.spec.schedule.plan import Schedule, endings, hastened
-from dstrain.runtime.spec.schedule.simulator import UNIT, Costs, Span, Timeline, simulate
+from dstrain.runtime.spec.schedule.simulator import UNIT, Costs, Span, Timeline, Took, simulate
 from dstrain.runtime.spec.schedule.svg_drawing import draw_svg
 from dstrain.runtime.spec.schedule.text_drawing import draw_text
 from dstrain.runtime.spec.schedule.validation import check
@@ -26,6 +26,7 @@ __all__ = [
     "Schedule",
     "Span",
     "Timeline",
+    "Took",
     "check",
     "draw_svg",
     "draw_text",
@@ -35,5 +36,6 @@ __all__ = [
     "make_schedule",
     "read_csv",
     "simulate",
+    "stages_of",
     "write_csv",
 ]

@@ -40,6 +40,19 @@ SCHEDULE_NAMES = tuple(_BUILDERS)
 
 def make_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> Schedule:
     """The named schedule; stages_per_rank None: 2 where the schedule has several, else 1. Raises UsageError."""
+    builder, per_rank = _checked(name, ranks, micro_batches, stages_per_rank)
+    return builder.make(ranks, micro_batches, per_rank)
+
+
+def stages_of(wished: str | Path, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> int:
+    """How many stages `find_schedule` would find, without making what has a name. Raises UsageError as that."""
+    if isinstance(wished, Path):
+        return find_schedule(wished, ranks, micro_batches).stages
+    return ranks * _checked(wished, ranks, micro_batches, stages_per_rank)[1]
+
+
+def _checked(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None) -> tuple[_Builder, int]:
+    """The builder of that name, and the stages on each rank. Raises UsageError with all factors."""
     if name not in _BUILDERS:
         raise UsageError.mismatch("schedule", f"one of {', '.join(SCHEDULE_NAMES)}", repr(name))
     builder = _BUILDERS[name]
@@ -52,7 +65,7 @@ def make_schedule(name: str, ranks: int, micro_batches: int, stages_per_rank: in
     if not builder.allows(per_rank):
         fix = "interleaved_1f1b takes 2 or more, zb_v takes 2, the others 1"
         raise UsageError.mismatch(where, str(builder), str(per_rank), fix)
-    return builder.make(ranks, micro_batches, per_rank)
+    return builder, per_rank
 
 
 def find_schedule(wished: str | Path, ranks: int, micro_batches: int, stages_per_rank: int | None = None) -> Schedule:

@@ -7,13 +7,14 @@ another rank takes its time but does not block the sender, and links do not hind
 - B and I: the own forward, and the input gradient of the stage behind (of its B: when the whole B has ended).
 - W: the own I.
 Orders within ranks are fixed, so each start is a maximum of known ends: no queue of events, one visit per action.
+What an action takes follows from its kind and stage (`Costs`), or is known of each (`Took`), as of a traced step.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,16 @@ class Costs:
 
 UNIT = Costs(1.0, 1.0, 1.0)
 """One slot for F, I and W, two for B."""
+
+
+class Took(NamedTuple):
+    """What one action takes, in seconds."""
+
+    own_s: float
+    message_s: float = 0.0
+    """From the end of what it needs of another rank until it is here; below 0 where that came before the end."""
+    before_s: float = 0.0
+    """Its rank does nothing for so long behind its last action, or at the step's begin."""
 
 
 class Span(NamedTuple):
@@ -87,10 +98,11 @@ class Timeline:
         return tuple(_peak(row, Kind.INPUT_GRADIENT) for row in self.schedule.ranks)
 
 
-def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
+def simulate(schedule: Schedule, costs: Costs | Mapping[Action, Took] = UNIT) -> Timeline:
     """[Note: model of time] Raises UsageError for costs that do not fit, ScheduleError for a deadlock.
 
-    What else can be wrong with a schedule finds `validation.check`.
+    costs: the same for all micro-batches, or of each action. What else can be wrong with a schedule finds
+    `validation.check`.
     """
     clock = _Clock(schedule, costs)
     spans: list[list[Span]] = [[] for _ in schedule.ranks]
@@ -102,7 +114,7 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
         while len(done) < len(row):
             action = row[len(done)]
             needs = clock.needs(action)
-            missing = [needed for needed, _ in needs if needed not in clock.ended]
+            missing = [needed for needed in needs if needed not in clock.ended]
             if missing:
                 waiting[missing[0]].append(rank)
                 break
@@ -125,45 +137,51 @@ def _peak(row: Sequence[Action], freed_by: Kind) -> int:
 
 
 class _Clock:
-    """Durations, and when each action that has run ended."""
+    """What each action takes, and when each that has run ended."""
 
-    def __init__(self, schedule: Schedule, costs: Costs) -> None:
-        stages, self.last = schedule.stages, schedule.stages - 1
-        forward = _each("forward", costs.forward, stages, "stages")
-        inputs = _each("input_gradient", costs.input_gradient, stages, "stages")
-        weights = _each("weight_gradient", costs.weight_gradient, stages, "stages")
-        self.durations = {
-            Kind.FORWARD: forward,
-            Kind.INPUT_GRADIENT: inputs,
-            Kind.WEIGHT_GRADIENT: weights,
-            Kind.BACKWARD: [one + other for one, other in zip(inputs, weights, strict=True)],
-        }
-        messages = _each("message", costs.message, self.last, "boundaries between stages")
-        holders = schedule.rank_of
-        self.message = [0.0 if holders[s] == holders[s + 1] else cost for s, cost in enumerate(messages)]
+    def __init__(self, schedule: Schedule, costs: Costs | Mapping[Action, Took]) -> None:
+        self.last = schedule.stages - 1
+        self.took = costs.__getitem__ if isinstance(costs, Mapping) else _by_stage(schedule, costs)
         self.ended: dict[Action, float] = {}
 
-    def needs(self, action: Action) -> list[tuple[Action, float]]:
-        """What must have ended, and the seconds of its message."""
+    def needs(self, action: Action) -> list[Action]:
+        """What must have ended; what comes from another stage last."""
         kind, stage, micro_batch = action
         if kind is Kind.FORWARD:
-            before = stage - 1
-            return [(Action(kind, before, micro_batch), self.message[before])] if stage > 0 else []
+            return [Action(kind, stage - 1, micro_batch)] if stage > 0 else []
         if kind is Kind.WEIGHT_GRADIENT:
-            return [(Action(Kind.INPUT_GRADIENT, stage, micro_batch), 0.0)]
-        own = (Action(Kind.FORWARD, stage, micro_batch), 0.0)
-        if stage == self.last:
-            return [own]
-        return [own, (Action(Kind.INPUT_GRADIENT, stage + 1, micro_batch), self.message[stage])]
+            return [Action(Kind.INPUT_GRADIENT, stage, micro_batch)]
+        own = Action(Kind.FORWARD, stage, micro_batch)
+        return [own] if stage == self.last else [own, Action(Kind.INPUT_GRADIENT, stage + 1, micro_batch)]
 
-    def run(self, action: Action, needs: list[tuple[Action, float]], free_s: float) -> Span:
+    def run(self, action: Action, needs: list[Action], free_s: float) -> Span:
         """All that it needs has ended; free_s: when its rank is free."""
-        start = free_s
-        for needed, message in needs:
-            start = max(start, self.ended[needed] + message)
-        end = start + self.durations[action.kind][action.stage]
+        own_s, message_s, before_s = self.took(action)
+        start = free_s + before_s
+        if needs:  # one's own has ended before `free_s`
+            start = max(start, self.ended[needs[-1]] + message_s)
+        end = start + own_s
         self.ended[as_needed(action)] = end
         return Span(action, start, end)
+
+
+def _by_stage(schedule: Schedule, costs: Costs) -> Callable[[Action], Took]:
+    stages, holders = schedule.stages, schedule.rank_of
+    forward = _each("forward", costs.forward, stages, "stages")
+    inputs = _each("input_gradient", costs.input_gradient, stages, "stages")
+    weights = _each("weight_gradient", costs.weight_gradient, stages, "stages")
+    messages = _each("message", costs.message, stages - 1, "boundaries between stages")
+    between = [0.0 if holders[s] == holders[s + 1] else cost for s, cost in enumerate(messages)]
+    behind = [*between, 0.0]
+    took = {
+        Kind.FORWARD: list(map(Took, forward, [0.0, *between])),
+        Kind.INPUT_GRADIENT: list(map(Took, inputs, behind)),
+        Kind.WEIGHT_GRADIENT: list(map(Took, weights)),
+        Kind.BACKWARD: [
+            Took(one + other, message) for one, other, message in zip(inputs, weights, behind, strict=True)
+        ],
+    }
+    return lambda action: took[action.kind][action.stage]
 
 
 def _each(name: str, seconds: Seconds, count: int, of: str) -> list[float]:

@@ -1,34 +1,20 @@
-"""From a trace's file to what it says of a schedule: what its actions and messages cost, and its bubble.
-
-[Note: own time]
-An action's span begins with the wait for what it needs. Its own time is the span without such waits: what `simulate`
-asks for. A message's time is known where its receiver had begun to wait before it was sent: from its begin to the
-wait's end; where nobody ever waited, the shortest such time is an upper bound.
-"""
+"""From a trace's file to what it says of a schedule: what its actions and messages cost, and its bubble."""
 
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from dstrain.runtime.spec.errors import UsageError
-from dstrain.runtime.spec.schedule import Action, Costs, Kind
+from dstrain.runtime.spec.schedule import Costs, Kind, Schedule
+from dstrain.runtime.spec.trace.done import Done, Message, done_by, messages
+from dstrain.runtime.spec.trace.replay import Executed, Replay, executed, replay
 from dstrain.runtime.spec.trace.span import Category, Span
-
-
-class Executed(NamedTuple):
-    """One step. makespan_s: from the first action's begin to the last one's end. bubble: the share of all ranks' time
-    in it that is no action's own, 0 to 1."""
-
-    step: int
-    makespan_s: float
-    bubble: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +32,12 @@ class Measured:
     @property
     def stages(self) -> int:
         return 1 + max((stage for by_stage in self.seconds.values() for stage in by_stage), default=-1)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on each rank; 0 where no step is whole."""
+        rows = [row for step in self.steps for row in step.took.values()]
+        return max((1 + action.micro_batch for row in rows for action in row), default=0)
 
     @property
     def bubble(self) -> float | None:
@@ -72,6 +64,10 @@ class Measured:
             message=[self.messages.get(boundary, 0.0) for boundary in stages[:-1]],
         )
 
+    def replay(self, schedule: Schedule) -> Replay | None:
+        """None where it is not this schedule that was traced. [Note: replay]"""
+        return replay(self.steps, schedule)
+
 
 def read_trace(path: Path) -> Measured:
     """Raises UsageError where the file is no trace of ours."""
@@ -79,20 +75,17 @@ def read_trace(path: Path) -> Measured:
         content = json.loads(path.read_bytes())
         spans = _spans(content["traceEvents"])
         uncertain = [float(each) for each in content["otherData"]["uncertainty_us"].values()]
-        own = {rank: _own_times(mine) for rank, mine in spans.items()}
-        times = _by_kind(own.values())
+        done = {rank: done_by(mine) for rank, mine in spans.items()}
+        under_way = messages(spans, done)
     except OSError as error:
         raise UsageError.mismatch(str(path), "a trace", str(error.strerror)) from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, UsageError) as error:
         raise UsageError.mismatch(str(path), "a trace that dstrain has written", repr(error)) from None
     worst = sorted(uncertain)[-2:]  # of two ranks both are uncertain
-    return Measured(tuple(sorted(spans)), tuple(_executed(own)), times, _messages(spans), sum(worst) / 1e6)
-
-
-class _Own(NamedTuple):
-    action: Action
-    span: Span
-    own_s: float
+    typical = _typical(under_way.values())
+    steps = tuple(executed(done, under_way, typical))
+    between = {boundary: max(0.0, seconds) for boundary, seconds in typical.items()}
+    return Measured(tuple(sorted(spans)), steps, _by_kind(done.values()), between, sum(worst) / 1e6)
 
 
 def _spans(events: Iterable[Mapping[str, Any]]) -> dict[int, list[Span]]:
@@ -108,66 +101,20 @@ def _spans(events: Iterable[Mapping[str, Any]]) -> dict[int, list[Span]]:
     return {rank: sorted(spans, key=lambda span: span.begin_ns) for rank, spans in found.items()}
 
 
-def _own_times(spans: Sequence[Span]) -> list[_Own]:
-    """Of a rank's actions. [Note: own time]"""
-    waits = [span for span in spans if span.category is Category.WAIT]
-    begins = [wait.begin_ns for wait in waits]
-    found = []
-    for span in spans:
-        if span.category.is_action:
-            inside = waits[bisect_left(begins, span.begin_ns) : bisect_left(begins, span.end_ns)]
-            waited = sum(min(wait.end_ns, span.end_ns) - wait.begin_ns for wait in inside)
-            found.append(_Own(Action.parse(span.name), span, (span.end_ns - span.begin_ns - waited) / 1e9))
-    return found
-
-
-def _by_kind(own: Iterable[Sequence[_Own]]) -> dict[Kind, dict[int, float]]:
+def _by_kind(done: Iterable[Sequence[Done]]) -> dict[Kind, dict[int, float]]:
     samples: dict[Kind, defaultdict[int, list[float]]] = {kind: defaultdict(list) for kind in Kind}
-    for each in own:
-        for action, _, seconds in each:
-            samples[action.kind][action.stage].append(seconds)
+    for each in done:
+        for one in each:
+            samples[one.action.kind][one.action.stage].append(one.own_s)
     return {kind: {stage: median(of) for stage, of in by_stage.items()} for kind, by_stage in samples.items()}
 
 
-def _executed(own: Mapping[int, Sequence[_Own]]) -> list[Executed]:
-    """Whole steps: those with as many actions as any."""
-    by_step: defaultdict[int, list[_Own]] = defaultdict(list)
-    for each in own.values():
-        for one in each:
-            by_step[one.span.step].append(one)
-    most = max(map(len, by_step.values()), default=0)
-    ranks = sum(1 for each in own.values() if each)
-    executed = []
-    for step, actions in sorted(by_step.items()):
-        begin, end = min(one.span.begin_ns for one in actions), max(one.span.end_ns for one in actions)
-        makespan_s = (end - begin) / 1e9
-        if len(actions) == most and makespan_s > 0:
-            busy_s = sum(one.own_s for one in actions)
-            executed.append(Executed(step, makespan_s, 1 - busy_s / (ranks * makespan_s)))
-    return executed
-
-
-def _messages(spans: Mapping[int, Sequence[Span]]) -> dict[int, float]:
-    """[Note: own time]"""
-    sent = {
-        (span.step, span.name, rank, span.peer): span
-        for rank, mine in spans.items()
-        for span in mine
-        if span.category is Category.SEND and span.peer is not None
-    }
+def _typical(under_way: Iterable[Message]) -> dict[int, float]:
+    """Medians of those that were awaited, by boundary; where none was, the least bound. [Note: own time]"""
     awaited: defaultdict[int, list[float]] = defaultdict(list)
     bounds: dict[int, float] = {}
-    for rank, mine in spans.items():
-        for wait in mine:
-            if wait.category is not Category.WAIT or wait.peer is None:
-                continue
-            send = sent.get((wait.step, wait.name, wait.peer, rank))
-            if send is None:
-                continue
-            action = Action.parse(wait.name)
-            boundary = action.stage if action.kind is Kind.FORWARD else action.stage - 1
-            seconds = max(0.0, (wait.end_ns - send.begin_ns) / 1e9)
-            bounds[boundary] = min(seconds, bounds.get(boundary, seconds))
-            if wait.begin_ns <= send.begin_ns:
-                awaited[boundary].append(seconds)
+    for boundary, seconds, was_awaited in under_way:
+        bounds[boundary] = min(seconds, bounds.get(boundary, seconds))
+        if was_awaited:
+            awaited[boundary].append(seconds)
     return bounds | {boundary: median(seconds) for boundary, seconds in awaited.items()}

@@ -45,9 +45,9 @@ def fit(job: str | None, first: Sequence[int], offered: Sequence[int], least_hos
         slots = spread(offered, ranks, least_hosts) if micro is not None else None
         if slots is None or micro is None:
             continue
-        changes = []
+        changes, noun = [], "ranks" if pipeline == 1 else "data ranks"
         if batch and (ranks, micro) != (sum(first), batch["micro"]):
-            changes.append(_batch_line(batch, micro, data_ranks, "ranks" if pipeline == 1 else "data ranks"))
+            changes.append(_batch_line(batch, micro, data_ranks, noun))
         if ranks < most:
             why = "batch.global divides" if pipeline == 1 else "batch.global and parallel.pipeline divide"
             changes.append(f"{ranks} of {sum(offered)} slots are used, so that {why}")
@@ -55,7 +55,7 @@ def fit(job: str | None, first: Sequence[int], offered: Sequence[int], least_hos
             values["batch"] = batch | {"micro": micro}
         if grouped := regroup(parallel, sum(first) // pipeline, data_ranks):
             values["parallel"] = parallel | grouped
-            changes.append(_group_line(grouped, data_ranks))
+            changes.append(_group_line(grouped, data_ranks, noun))
         return Fit(slots, json.dumps(values) if job else None, tuple(changes))
     return None
 
@@ -102,7 +102,7 @@ def _batch_line(batch: dict[str, Any], micro: int, ranks: int, noun: str) -> str
     return f"batch.global stays {batch['global']}: {ranks} {noun} × {count} × {micro} samples{was}"
 
 
-def _group_line(grouped: dict[str, int | None], ranks: int) -> str:
+def _group_line(grouped: dict[str, int | None], ranks: int, noun: str) -> str:
     if "data_shard" in grouped:
-        return f"parallel: one group of all {ranks} ranks, which the size of the groups before does not divide"
+        return f"parallel: one group of all {ranks} {noun}, which the size of the groups before does not divide"
     return f"parallel.data_replicate is now {grouped['data_replicate']}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-Pack = TypeVar("Pack", bound=Callable[..., Any])
+Unpack = TypeVar("Unpack", bound=Callable[..., Any])
 
 
 class Hook:
@@ -25,7 +25,7 @@ def _do_nothing(*_: Any) -> None:
     """In a copy."""
 
 
-def repeatable(pack: Pack) -> Pack:
-    """Marks a hook that packs saved tensors, whose unpacking does no harm if there is more of it."""
-    pack.is_repeatable = True  # type: ignore[attr-defined]
-    return pack
+def repeatable(unpack: Unpack) -> Unpack:
+    """Marks a hook that unpacks saved tensors, and does no harm if it is called more than once."""
+    unpack.is_repeatable = True  # type: ignore[attr-defined]
+    return unpack

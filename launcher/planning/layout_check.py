@@ -6,6 +6,7 @@ The ranks look again: they alone have the model, the schedule's file where it is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,11 @@ def check_layout(request: Request, slots: Sequence[int | None]) -> None:
 def _has_schedule_here(job: JobConfig, cwd: str) -> bool:
     """The file that ranks would read. One that is missing where they would look for it too is a slip of the hand."""
     schedule = job.parallel.schedule
-    if not isinstance(schedule, Path) or Path(cwd) == Path.cwd():
+    if not isinstance(schedule, Path):
         return True
+    with suppress(OSError):  # this directory may be gone
+        if Path(cwd) == Path.cwd():
+            return True
     return schedule.is_absolute() and schedule.is_file()
 
 

@@ -43,20 +43,27 @@ SPLIT = ("zb_h1", "zb_v")
 """Schedules with weights' gradients apart."""
 
 
+class Exposed(NamedTuple):
+    """Communication that nothing hides: within_s: between the actions of a schedule, behind_s: after them."""
+
+    within_s: float
+    behind_s: float
+
+
 class Estimate(NamedTuple):
-    """What is known of a layout without simulating it. exposed_s: communication that nothing hides. least_s: no step is
-    shorter."""
+    """What is known of a layout without simulating it. least_s: no step is shorter."""
 
     costs: StageCosts
     flows: tuple[Flow, ...]
-    exposed_s: float
+    exposed: Exposed
     least_s: float
 
 
 @dataclass(frozen=True)
 class Plan:
     """A layout and its costs. parts, memory: of each pipeline rank. timeline: of as many micro-batches as `enough`
-    says; makespan_s, bubble: of all. replayed: traced steps that these two are medians of, or 0. [Note: time]"""
+    says; makespan_s, bubble: of all. exposed_s: communication besides. replayed: traced steps that makespan and bubble
+    are medians of, or 0. [Note: time]"""
 
     layout: Layout
     parts: tuple[Part, ...]
@@ -125,9 +132,9 @@ class Planner:
         by_operations = estimated(parts, self.again, layout.micro, self.cluster.tflops)
         costs = apply_given(given, by_operations._replace(message=messages))
         flows = [*([stages] if stages else []), *collectives(layout, parts, self.state, self.cluster)]
-        exposed_s = _exposed_s(layout, flows, costs, parts)
-        least_s = _least_s(layout, costs, parts) + exposed_s
-        return Estimate(costs, tuple(flows), exposed_s, least_s)
+        exposed = _exposed(layout, flows, costs, parts)
+        least_s = _least_s(layout, costs, parts) + sum(exposed)
+        return Estimate(costs, tuple(flows), exposed, least_s)
 
     def plan(self, layout: Layout, given: GivenCosts | None = None) -> Plan:
         """Raises UsageError where the layout is none of this model's."""
@@ -147,7 +154,7 @@ class Planner:
             timeline=timeline,
             makespan_s=makespan_s,
             bubble=bubble,
-            exposed_s=estimate.exposed_s,
+            exposed_s=sum(estimate.exposed) if replay is None else estimate.exposed.behind_s,
             fits=self.fits(layout, memory),
             replayed=replay.steps if replay is not None else 0,
         )
@@ -238,9 +245,9 @@ class Planner:
 
 
 def _replayed(layout: Layout, traced: Measured) -> Replay | None:
-    """None where another schedule was traced."""
+    """None where another schedule was traced, or another number of ranks."""
     ranks, micro_batches = layout.dims.pipeline, layout.micro_batches
-    if ranks == 1 or traced.micro_batches != micro_batches:
+    if ranks == 1 or (len(traced.ranks), traced.micro_batches) != (layout.dims.world_size, micro_batches):
         return None
     return traced.replay(known_schedule(layout.schedule, ranks, micro_batches, layout.stages_per_rank))
 
@@ -250,7 +257,7 @@ def room(node: Node) -> float:
     return node.memory_bytes * (1 - HEADROOM)
 
 
-def _exposed_s(layout: Layout, flows: Sequence[Flow], costs: StageCosts, parts: Sequence[Part]) -> float:
+def _exposed(layout: Layout, flows: Sequence[Flow], costs: StageCosts, parts: Sequence[Part]) -> Exposed:
     """[Note: time]"""
     link_s = {flow.name: flow.link_s for flow in flows}
     backwards = costs.backward
@@ -262,7 +269,10 @@ def _exposed_s(layout: Layout, flows: Sequence[Flow], costs: StageCosts, parts: 
     parameters = link_s.get(GATHERING, 0.0)
     hiding = (forward + backward) * times if layout.zero.stage == 3 else forward
     messages = link_s.get(STAGES, 0.0) - (forward + backward) * times
-    return max(0.0, gradients - behind) + max(0.0, parameters - hiding) + max(0.0, messages) + link_s.get(TIED, 0.0)
+    return Exposed(
+        within_s=max(0.0, parameters - hiding) + max(0.0, messages),
+        behind_s=max(0.0, gradients - behind) + link_s.get(TIED, 0.0),
+    )
 
 
 def _least_s(layout: Layout, costs: StageCosts, parts: Sequence[Part]) -> float:

@@ -27,9 +27,10 @@ from torch.utils.flop_counter import flop_registry
 
 from dstrain.runtime.activation_checkpointing import blocks_of
 from dstrain.runtime.data.datasets import open_factory
+from dstrain.runtime.hooks import repeatable
 from dstrain.runtime.models.build import build_model, context_of
 from dstrain.runtime.pipeline.cuts import Layer, chain_of
-from dstrain.runtime.pipeline.rebuilt import Makers
+from dstrain.runtime.pipeline.rebuilt import note_norms, rebuild_of
 from dstrain.runtime.pipeline.split_backward import is_split
 from dstrain.runtime.precision import cast_parameters, parameter_dtype
 from dstrain.runtime.spec.config import JobConfig
@@ -151,10 +152,15 @@ def _run(model: nn.Module, job: JobConfig, layers: Sequence[Layer], records: Seq
         _fused_attention(watch),
         _no_packing(),
         watch,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(keep, _kept),
     ):
         task_of(batch, job.train.loss).loss(model, batch)
     rebuilt.finish(kept)
+
+
+@repeatable
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _note(record: _Record, key: str, tensors: Any, own: Set[int] = frozenset()) -> None:
@@ -171,17 +177,19 @@ def _note_split(model: nn.Module, layers: Sequence[Layer], records: Sequence[_Re
     seen: dict[int, Tensor] = {}
     rebuilt = _Rebuilt(model)
 
-    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(module: nn.Module, args: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> None:
         watch.record.left += output.numel() * output.element_size()
         if isinstance(module, nn.Linear):
-            rebuilt.note(module, given[0])
-            if _storage(given[0]) not in seen:  # which several layers may share
-                seen[_storage(given[0])] = given[0]
-                watch.record.left += given[0].numel() * given[0].element_size()
+            given = args[0] if args else named["input"]
+            rebuilt.note(module, given)
+            if _storage(given) not in seen:  # which several layers may share
+                seen[_storage(given)] = given
+                watch.record.left += given.numel() * given.element_size()
 
     taken = [module for module in modules.values() if is_split(module)]
     for module in taken:
-        module.register_forward_hook(note)
+        if module.weight is not None and module.weight.requires_grad:  # type: ignore[union-attr] # a parameter
+            module.register_forward_hook(note, with_kwargs=True)  # type: ignore[arg-type] # as its types are
     for layer, record in zip(layers, records, strict=True):
         inside = [module for name in layer.modules for module in modules[name].modules()]
         others = {p for one in inside if one not in taken for p in one.parameters(recurse=False)}
@@ -193,7 +201,7 @@ class _Rebuilt:
     """Storages that only linear layers would keep, who can do without (runtime/pipeline/rebuilt.py)."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._makers = Makers(model)
+        note_norms(model)
         everywhere = (module for _, module in model.named_modules(remove_duplicate=False))
         self._holders = Counter(p for module in everywhere for p in module._parameters.values() if p is not None)
         self._uses: Counter[int] = Counter()
@@ -202,7 +210,7 @@ class _Rebuilt:
 
     def note(self, layer: nn.Linear, given: Tensor) -> None:
         """A linear layer runs."""
-        if self._holders[layer.weight] == 1 and self._makers.find(given) is not None:
+        if self._holders[layer.weight] == 1 and rebuild_of(given) is not None:
             self._uses[_storage(given)] += 1
 
     def finish(self, kept: Mapping[int, Tensor]) -> None:

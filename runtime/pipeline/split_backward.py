@@ -26,10 +26,12 @@ from torch.nn import functional as F
 
 from dstrain.runtime.gradients import GradientReducer
 from dstrain.runtime.lazy_gradients import LazyGradient, Product, Rows, Sum
-from dstrain.runtime.pipeline.rebuilt import Makers, Rebuild
+from dstrain.runtime.pipeline.rebuilt import Rebuild, note_norms, rebuild_of
 
 _Layer = nn.Linear | nn.Embedding
 
+_NAMES = {nn.Linear: {"weight", "bias"}, nn.Embedding: {"weight"}}
+"""Of a layer's parameters."""
 
 _Use = Sequence[tuple[nn.Parameter, LazyGradient]]
 """Of a layer, in its backward: the gradients of its parameters."""
@@ -71,12 +73,12 @@ class Splitter:
         everywhere = (module for _, module in model.named_modules(remove_duplicate=False))
         holders = Counter(id(p) for module in everywhere for p in module._parameters.values())
         self._shared = {known for known, count in holders.items() if count > 1}
-        self._makers = Makers(model)
         self._maker: tuple[Any, Rebuild | None] = None, None  # of the last linear layer's input in a forward
         self._rebuilt: tuple[Rebuild, Tensor] | None = None  # the last one in a backward
         for module in filter(is_split, model.modules()):
             run: Callable[..., Tensor] = self._linear if isinstance(module, nn.Linear) else self._embedding
             module.forward = partial(run, module)
+        note_norms(model)
 
     @contextmanager
     def forward(self, splits: bool) -> Iterator[None]:
@@ -153,21 +155,26 @@ class Splitter:
             self._rebuilt = rebuild, rebuild()
         return self._rebuilt[1]
 
-    def _linear(self, layer: nn.Linear, given: Tensor) -> Tensor:
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if weight is None or not self._takes(layer, given):
-            return F.linear(given, layer.weight, layer.bias)
-        maker = given.grad_fn
+    @property
+    def takes_gradients(self) -> bool:
+        """Else somebody else is asking for them: `torch.autograd.grad` within a forward."""
+        return self._reducer is not None or self._left is not None
+
+    def _linear(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        if not self._takes(layer, input):
+            return F.linear(input, layer.weight, layer.bias)
+        maker = input.grad_fn
         if maker is None or maker is not self._maker[0]:
-            self._maker = maker, self._makers.rebuild(given)
+            self._maker = maker, rebuild_of(input)
+        own = layer._parameters
         words = layer, self, self._is_first(layer), self._maker[1]
-        output: Tensor = _Linear.apply(given, weight, bias, *words)  # type: ignore[no-untyped-call]
+        output: Tensor = _Linear.apply(input, own["weight"], own["bias"], *words)  # type: ignore[no-untyped-call]
         return output
 
-    def _embedding(self, layer: nn.Embedding, places: Tensor) -> Tensor:
-        if not self._takes(layer, places):
-            return F.embedding(places, layer.weight)
-        output: Tensor = _Embedding.apply(layer.weight, places, layer, self, self._is_first(layer))  # type: ignore[no-untyped-call]
+    def _embedding(self, layer: nn.Embedding, input: Tensor) -> Tensor:
+        if not self._takes(layer, input):
+            return F.embedding(input, layer.weight)
+        output: Tensor = _Embedding.apply(layer.weight, input, layer, self, self._is_first(layer))  # type: ignore[no-untyped-call]
         return output
 
     def _is_first(self, layer: _Layer) -> bool:
@@ -180,13 +187,17 @@ class Splitter:
         """Whether nobody else looks at the gradients of a layer; in a whole backward, nor adds to them."""
         if not self._is_on or not torch.is_grad_enabled() or torch.is_autocast_enabled(given.device.type):
             return False
-        parameters = layer._parameters
-        weight = parameters.get("weight")  # None: it is made of others
+        parameters, names = layer._parameters, _NAMES.get(type(layer))
+        if names is None or not names <= parameters.keys():  # one is made of others, and no parameter
+            return False
+        weight = parameters["weight"]
         if weight is None or not weight.requires_grad:
             return False
         for parameter in parameters.values():
             if parameter is not None and (
-                parameter._backward_hooks or (not self._splits and id(parameter) in self._shared)
+                parameter._backward_hooks
+                or len(parameter._post_accumulate_grad_hooks or ()) > 1  # besides the reducer's
+                or (not self._splits and id(parameter) in self._shared)
             ):
                 return False
         return True
@@ -210,17 +221,21 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, output: Tensor) -> Any:
+        splitter, own = ctx.splitter, ctx.layer._parameters
         weight, given = ctx.saved_tensors
-        if given is None:
-            given, ctx.rebuild = ctx.splitter.rebuilt(ctx.rebuild), None
         inner = output @ weight if ctx.needs_input_grad[0] else None
         flat = output.reshape(-1, output.shape[-1])
+        if not splitter.takes_gradients:
+            given = ctx.rebuild() if given is None else given
+            whole = flat.t() @ given.reshape(-1, given.shape[-1])
+            return inner, whole, None if own["bias"] is None else flat.sum(0), None, None, None, None
+        if given is None:
+            given, ctx.rebuild = splitter.rebuilt(ctx.rebuild), None
         use: list[tuple[nn.Parameter, LazyGradient]] = []
-        own = ctx.layer._parameters
         if (bias := own["bias"]) is not None and bias.requires_grad:
             use.append((bias, Sum(flat)))
         use.append((own["weight"], Product(flat.t(), given.reshape(-1, given.shape[-1]))))
-        ctx.splitter.keep(ctx.layer, ctx.is_first, use)
+        splitter.keep(ctx.layer, ctx.is_first, use)
         return inner, None, None, None, None, None, None
 
 
@@ -237,6 +252,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, output: Tensor) -> Any:
         flat = output.reshape(-1, output.shape[-1])
         rows = Rows(ctx.saved_tensors[0].reshape(-1), flat, ctx.layer.num_embeddings)
+        if not ctx.splitter.takes_gradients:
+            return rows.whole(), None, None, None, None
         ctx.splitter.keep(ctx.layer, ctx.is_first, [(ctx.layer.weight, rows)])
         return None, None, None, None, None
 

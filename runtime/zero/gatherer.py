@@ -192,13 +192,13 @@ class Gatherer:
             return set()
         return {unit for item in output for unit in self.units_in(item)}
 
-    @repeatable
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
         slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
         if slot is None or slot.unit is None or tensor.is_conj() or tensor.is_neg():
             return tensor
         return _Saved(slot.unit, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
+    @repeatable
     def _unpack(self, saved: Tensor | _Saved) -> Tensor:
         if isinstance(saved, Tensor):
             return saved

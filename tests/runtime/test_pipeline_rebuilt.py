@@ -110,6 +110,8 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "layer norm": lambda: nn.LayerNorm(WIDTH, eps=0.1),
     "layer norm without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
+    "frozen layer norm": lambda: nn.LayerNorm(WIDTH).requires_grad_(False),
+    "layer norm alone": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
     "scaled": Scaled,
     "gated": Gated,
 }
@@ -128,11 +130,40 @@ def test_what_is_rebuilt_is_not_kept(name: str, splits: bool) -> None:
         torch.testing.assert_close(found[key], gradient)
 
 
-class Doubled(nn.Module):
-    """In place, behind its operation."""
+class Changed(nn.Module):
+    """In place, where autograd does not look."""
 
     def forward(self, given: Tensor) -> Tensor:
-        return F.gelu(given).mul_(2)
+        made = F.gelu(given)
+        with torch.no_grad():
+            return made.mul_(2)
+
+
+class Recomputed(nn.Module):
+    """Gives its saved tensors once."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        made: Tensor = checkpoint(F.gelu, given, use_reentrant=False)
+        return made
+
+
+class Lent(nn.Module):
+    """Scaled, but nobody has the scale's values when the linear layers run: as a sharded parameter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+        self.whole = self.weight.data
+
+    def _lend(self, *_: Tensor) -> None:
+        self.weight.data = self.whole
+
+    def forward(self, given: Tensor) -> Tensor:
+        self._lend()
+        made = self.weight * given.tanh()
+        made.register_hook(self._lend)
+        self.weight.data = torch.full((1,), float("nan")).expand(WIDTH)
+        return made
 
 
 @contextmanager
@@ -145,9 +176,10 @@ def on_host() -> Iterator[None]:
     ("maker", "around"),
     [
         (nn.ReLU, nullcontext),  # keeps its output itself
-        (Doubled, nullcontext),
+        (Changed, nullcontext),
+        (Recomputed, nullcontext),
+        (Lent, nullcontext),
         (nn.Identity, nullcontext),
-        (lambda: nn.LayerNorm(WIDTH).requires_grad_(False), nullcontext),
         (nn.GELU, on_host),  # hooks of others
     ],
 )
@@ -163,6 +195,91 @@ def test_other_inputs_are_kept(
             return model(given)  # type: ignore[no-any-return]
 
     found = gradients_of(model, given, False, forward)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient)
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_norm_whose_parameters_change_before_the_backward(splits: bool) -> None:
+    """As ZeRO's stage 3 takes them away: their values of the forward count, and its eps."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(WIDTH, eps=1e-5)
+    model, given = Behind(norm), torch.randn(12, WIDTH)
+    norm.eps = 0.5  # since the splitter has seen it, in the second case
+    expected = of_autograd(model, given)
+    norm.eps = 1e-5
+
+    def forward(given: Tensor) -> Tensor:
+        norm.eps = 0.5
+        output: Tensor = model(given)
+        norm.eps = 1e-5
+        norm.weight.data = torch.full((1,), float("nan")).expand(WIDTH)
+        norm.bias.data = torch.full((1,), float("nan")).expand(WIDTH)
+        return output
+
+    found = gradients_of(model, given, splits, forward)
+    assert not model.kept
+    for name in ("left.weight", "right.weight", "left.bias"):
+        torch.testing.assert_close(found[name], expected[name])
+
+
+class Penalized(nn.Module):
+    """Asks for gradients itself, of its input and of a weight, and differentiates them again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, given: Tensor) -> Tensor:
+        made = self.outer(F.gelu(self.inner(given)))
+        watched = (given, self.inner.weight, self.outer.weight, self.outer.bias)
+        asked = torch.autograd.grad(made.square().sum(), watched, create_graph=True)
+        penalty = sum(((each / 100).square().sum() for each in asked), start=made.new_zeros(()))
+        return made + penalty
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_gradients_that_a_forward_asks_for_itself(splits: bool) -> None:
+    torch.manual_seed(0)
+    model, given = Behind(Penalized()), torch.randn(12, WIDTH)
+    expected = of_autograd(model, given)
+    found = gradients_of(model, given, splits, model)
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+
+
+class Named(nn.Module):
+    """Calls its layers as few do, has a bias that is none of a layer's parameters, and a weight that is watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first, self.watched = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.shift = nn.Parameter(torch.zeros(WIDTH))
+        del self.first.bias
+        self.seen, self.kept, self.sizes = None, False, list[float]()
+        self.watched.weight.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.sizes.append(parameter.grad.norm().item())
+
+    def forward(self, given: Tensor) -> Tensor:
+        self.first.bias = self.shift.sin()  # type: ignore[assignment] # as torch allows
+        watched: Tensor = self.watched(input=self.first(input=self.words(input=given)))
+        return watched
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_layers_that_are_used_otherwise(splits: bool) -> None:
+    torch.manual_seed(0)
+    model, given = Named(), torch.tensor([1, 3, 8, 1])
+    expected = of_autograd(model, given)
+    expected_sizes, model.sizes = model.sizes, []
+    found = gradients_of(model, given, splits, model)  # type: ignore[arg-type]
+    assert model.sizes == pytest.approx(expected_sizes)
+    assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient)
 

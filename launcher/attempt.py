@@ -244,7 +244,7 @@ class Attempt:
         if lost is not None and not own:
             return lost, True
         if self.failures:
-            return root_cause(self.failures, self.left), True
+            return root_cause(self.failures, self.left, len(self._running())), True
         if self._stalled is not None:
             return self._stalled, False
         ended = all(node.ended_attempt == self.number for node in self._nodes)

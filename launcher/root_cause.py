@@ -78,8 +78,9 @@ class Cause:
         return asdict(self)
 
 
-def root_cause(failures: Sequence[Failure], left_early: Sequence[tuple[int, str]] = ()) -> Cause:
-    """The cause of a failed attempt. left_early: (rank, host) of ranks that had ended with 0 before."""
+def root_cause(failures: Sequence[Failure], left_early: Sequence[tuple[int, str]] = (), running: int = 0) -> Cause:
+    """The cause of a failed attempt. left_early: (rank, host) of ranks that had ended with 0 before. running: ranks that
+    are still to be ended."""
     first = min(failures, key=lambda failure: (failure.weight, failure.at_ns, failure.rank))
     if first.weight is Weight.VICTIM and left_early:
         rank, host = left_early[0]
@@ -91,12 +92,12 @@ def root_cause(failures: Sequence[Failure], left_early: Sequence[tuple[int, str]
             "every rank must take part in every collective: look for an early return or a shorter data loader",
             host,
             rank,
-            len(failures),
+            len(failures) + running,
         )
     if first.status > 0 and not first.stderr.strip():  # of ranks that fail alike only one speaks
         alike = [other for other in failures if other.status == first.status and other.stderr.strip()]
         first = min(alike, key=lambda failure: (failure.weight, failure.at_ns, failure.rank), default=first)
-    victims = len(failures) - 1
+    victims = len(failures) - 1 + running
     code = 127 if first.start_error else of_status(first.status)
     lines = traceback_of(first.stderr) or first.stderr.strip().splitlines()[-8:]
     if (line := _said_before_traceback(first.stderr)).startswith("dstrain: "):  # our own words for it

@@ -28,4 +28,4 @@ def test_a_killed_stage_is_the_root_cause(start, tmp_path):
     os.kill(run.rank_pid(1), signal.SIGKILL)
     assert run.wait(60) == 137, run.err
     assert run.report["cause"]["rank"] == 1
-    assert "followed it" in run.err
+    assert "1 other rank followed it" in run.err

@@ -273,10 +273,13 @@ def measured_of(run_ranks: RunRanks, folder: Path, schedule: str, layers: Callab
     return read_trace(folder / "trace.json")
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved_1f1b"])
 def test_the_planned_bubble_is_the_executed_one(run_ranks: RunRanks, tmp_path: Path, schedule: str) -> None:
-    """By the costs that the trace has, and nothing else of it: within 5 %. The last stage is slower than the others."""
-    measured = measured_of(run_ranks, tmp_path, schedule, lambda: map(Slow, (0.02, 0.02, 0.02, 0.03)))
+    """By the medians that the trace has, and nothing else of it: within 5 %, where no other load makes actions uneven.
+    The last stage is slower than the others."""
+    measured = measured_of(run_ranks, tmp_path, schedule, lambda: map(Slow, (0.04, 0.04, 0.04, 0.06)))
     assert measured.costs is not None
     planned = simulate(find_schedule(schedule, 2, 4), measured.costs).bubble
     assert measured.bubble == pytest.approx(planned, rel=0.05)

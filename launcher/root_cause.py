@@ -80,7 +80,7 @@ class Cause:
 
 def root_cause(failures: Sequence[Failure], left_early: Sequence[tuple[int, str]] = (), running: int = 0) -> Cause:
     """The cause of a failed attempt. left_early: (rank, host) of ranks that had ended with 0 before. running: ranks
-    that are still to be ended."""
+    that have not ended yet."""
     first = min(failures, key=lambda failure: (failure.weight, failure.at_ns, failure.rank))
     if first.weight is Weight.VICTIM and left_early:
         rank, host = left_early[0]

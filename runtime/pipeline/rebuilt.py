@@ -6,7 +6,7 @@ widest tensors of a transformer. The same of norms, and of products of two activ
 computed again in the backward, elementwise and to the same bits, just before the makers' own backwards, which still
 have all that they need (Korthikanti et al. 2022 choose by the same measure: much memory, few operations). Not so where
 the maker's saved tensors are under others' hooks (activation checkpointing, offload to the host): these may give what
-they have once. Parameters may be sharded, or changed, by then, so small ones are copied in the forward.
+they have once. Parameters may be sharded by then, so their values of the forward are copied, where they are small.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 Rebuild = Callable[[], Tensor]
+"""With gradients (of gradients, for whoever asks for them in a forward), where these are on."""
 
 _SMALL = 1 / 8
 """Of a tensor: parameters that are copied to build it again."""
 
-_NORM = "dstrain.layer_norm"
-"""In the metadata of a layer norm's node: how to norm again."""
+_NOTED = "dstrain.rebuilt"
+"""In the metadata of a node: its parameters, with copies. What is noted once holds for forwards that are run again."""
 
 
 def note_norms(model: nn.Module) -> None:
@@ -37,17 +39,28 @@ def note_norms(model: nn.Module) -> None:
 def rebuild_of(made: Tensor) -> Rebuild | None:
     """What computes `made` again as long as the backward has not passed its maker; None where it must be kept."""
     maker = made.grad_fn
-    if maker is None or made._version or made.output_nr:  # changed in place, or one of several
+    if maker is None or made._version:  # changed in place
         return None
     find = _FIND.get(maker.name())
     return None if find is None else find(maker, made)
 
 
+class _Copy:
+    """Of a parameter, by its values in the forward."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._parameter, self._values = parameter, parameter.detach().clone()
+
+    def get(self) -> Tensor:
+        return self._parameter if torch.is_grad_enabled() else self._values
+
+
 def _norm(layer: nn.LayerNorm, input: Tensor) -> Tensor:
-    output = F.layer_norm(input, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
-    if output.grad_fn is not None:
-        weight, bias = (None if own is None else own.detach().clone() for own in (layer.weight, layer.bias))
-        output.grad_fn.metadata[_NORM] = layer.normalized_shape, weight, bias, layer.eps
+    weight, bias = layer.weight, layer.bias
+    output = F.layer_norm(input, layer.normalized_shape, weight, bias, layer.eps)
+    if output.grad_fn is not None and (weight is None or weight.numel() <= _SMALL * output.numel()):
+        copies = (None if own is None else _Copy(own) for own in (weight, bias))
+        output.grad_fn.metadata[_NOTED] = layer.normalized_shape, *copies, layer.eps
     return output
 
 
@@ -68,31 +81,35 @@ def _silu(maker: Any, _: Tensor) -> Rebuild | None:
 
 
 def _layer_norm(maker: Any, _: Tensor) -> Rebuild | None:
-    noted = maker.metadata.get(_NORM)
+    noted = maker.metadata.get(_NOTED)
     if noted is None or not _has(maker, "input"):
         return None
-    return lambda: F.layer_norm(maker._saved_input, *noted)
+    shape, weight, bias, eps = noted
+    return lambda: F.layer_norm(maker._saved_input, shape, weight and weight.get(), bias and bias.get(), eps)
 
 
 def _product(maker: Any, made: Tensor) -> Rebuild | None:
     """Where both factors need gradients: else not both are saved."""
-    again: list[Callable[[], Tensor]] = []
-    for (source, _), name in zip(maker.next_functions, ("self", "other"), strict=True):
-        leaf = getattr(source, "variable", None)
-        if source is None:
-            return None
-        if leaf is None and _has(maker, name):
-            again.append(partial(getattr, maker, f"_saved_{name}"))
-        elif leaf is not None and leaf.numel() <= _SMALL * made.numel() and _is_there(leaf):
-            again.append(partial(_given, leaf.detach().clone()))
-        else:
-            return None
-    one, other = again
+    if _NOTED not in maker.metadata:
+        maker.metadata[_NOTED] = _factors(maker, made)
+    noted = maker.metadata[_NOTED]
+    if noted is None:
+        return None
+    one, other = (copy.get if copy else partial(getattr, maker, f"_saved_{name}") for name, copy in noted.items())
     return lambda: one() * other()
 
 
-def _given(tensor: Tensor) -> Tensor:
-    return tensor
+def _factors(maker: Any, made: Tensor) -> dict[str, _Copy | None] | None:
+    """Copies of those that are parameters; None: a product that cannot be computed again."""
+    found: dict[str, _Copy | None] = {}
+    for (source, _), name in zip(maker.next_functions, ("self", "other"), strict=True):
+        leaf = getattr(source, "variable", None)
+        if source is None or (leaf is None and not _has(maker, name)):
+            return None
+        if leaf is not None and (leaf.numel() > _SMALL * made.numel() or not _is_there(leaf)):
+            return None
+        found[name] = None if leaf is None else _Copy(leaf)
+    return found
 
 
 def _is_there(parameter: Tensor) -> bool:

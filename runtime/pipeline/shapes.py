@@ -31,7 +31,7 @@ from dstrain.runtime.hooks import repeatable
 from dstrain.runtime.models.build import build_model, context_of
 from dstrain.runtime.pipeline.cuts import Layer, chain_of
 from dstrain.runtime.pipeline.rebuilt import note_norms, rebuild_of
-from dstrain.runtime.pipeline.split_backward import is_split
+from dstrain.runtime.pipeline.split_backward import is_split, is_trained
 from dstrain.runtime.precision import cast_parameters, parameter_dtype
 from dstrain.runtime.spec.config import JobConfig
 from dstrain.runtime.spec.errors import DstrainError, UsageError
@@ -188,7 +188,7 @@ def _note_split(model: nn.Module, layers: Sequence[Layer], records: Sequence[_Re
 
     taken = [module for module in modules.values() if is_split(module)]
     for module in taken:
-        if module.weight is not None and module.weight.requires_grad:  # type: ignore[union-attr] # a parameter
+        if is_trained(module):
             module.register_forward_hook(note, with_kwargs=True)  # type: ignore[arg-type] # as its types are
     for layer, record in zip(layers, records, strict=True):
         inside = [module for name in layer.modules for module in modules[name].modules()]

@@ -30,6 +30,8 @@ from dstrain.runtime.pipeline.rebuilt import Rebuild, note_norms, rebuild_of
 
 _Layer = nn.Linear | nn.Embedding
 
+_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+
 _NAMES = {nn.Linear: {"weight", "bias"}, nn.Embedding: {"weight"}}
 """Of a layer's parameters."""
 
@@ -67,13 +69,14 @@ class Splitter:
     def __init__(self, model: nn.Module) -> None:
         self._left: WeightGradients | None = None
         self._reducer: GradientReducer | None = None
-        self._is_on = self._in_backward = False
+        self._is_on = self._in_backward = self._splits = False
         self._uses: Counter[_Layer] = Counter()
         self._waiting: dict[_Layer, list[_Use]] = {}
         everywhere = (module for _, module in model.named_modules(remove_duplicate=False))
         holders = Counter(id(p) for module in everywhere for p in module._parameters.values())
         self._shared = {known for known, count in holders.items() if count > 1}
-        self._maker: tuple[Any, Rebuild | None] = None, None  # of the last linear layer's input in a forward
+        self._maker: tuple[Any, int] = None, 0  # of the last linear layer's input in a forward, and its version
+        self._rebuild: Rebuild | None = None  # the same
         self._rebuilt: tuple[Rebuild, Tensor] | None = None  # the last one in a backward
         for module in filter(is_split, model.modules()):
             run: Callable[..., Tensor] = self._linear if isinstance(module, nn.Linear) else self._embedding
@@ -88,14 +91,15 @@ class Splitter:
         try:
             yield
         finally:
-            self._is_on, self._maker = False, (None, None)
+            self._is_on = False
+            self._forget()
 
     @contextmanager
     def backward(self, reducer: GradientReducer) -> Iterator[None]:
         """Around a whole backward, whose products `reducer` takes."""
         self._reducer = reducer
         try:
-            with self._recomputing():
+            with self._recomputing(splits=False):
                 yield
             with torch.no_grad():
                 for layer in list(self._waiting):  # the first use had no part in the loss
@@ -112,7 +116,7 @@ class Splitter:
             parameter.grad = None
         self._left = left = WeightGradients()
         try:
-            with self._recomputing():
+            with self._recomputing(splits=True):
                 yield left
         finally:
             self._left = None
@@ -140,14 +144,18 @@ class Splitter:
             self._reducer.take(parameter, lazy)
 
     @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        """Forwards that are run again are no new uses."""
+    def _recomputing(self, splits: bool) -> Iterator[None]:
+        """Forwards that are run again are no new uses. splits: as in the forward."""
         self._is_on = self._in_backward = True
+        self._splits = splits
         try:
             yield
         finally:
             self._is_on = self._in_backward = False
-            self._maker, self._rebuilt = (None, None), None
+            self._forget()
+
+    def _forget(self) -> None:
+        self._maker, self._rebuild, self._rebuilt = (None, 0), None, None
 
     def rebuilt(self, rebuild: Rebuild) -> Tensor:
         """Computed once for all neighbours that have the same input."""
@@ -155,19 +163,19 @@ class Splitter:
             self._rebuilt = rebuild, rebuild()
         return self._rebuilt[1]
 
-    @property
-    def takes_gradients(self) -> bool:
-        """Else somebody else is asking for them: `torch.autograd.grad` within a forward."""
-        return self._reducer is not None or self._left is not None
+    def takes_gradients(self, is_again: bool) -> bool:
+        """Else somebody else is asking for them: `torch.autograd.grad` within a forward. is_again: within one that a
+        checkpoint runs again for its saved tensors alone."""
+        return not is_again and (self._reducer is not None or self._left is not None)
 
     def _linear(self, layer: nn.Linear, input: Tensor) -> Tensor:
         if not self._takes(layer, input):
             return F.linear(input, layer.weight, layer.bias)
-        maker = input.grad_fn
-        if maker is None or maker is not self._maker[0]:
-            self._maker = maker, rebuild_of(input)
+        maker = input.grad_fn, input._version
+        if maker[0] is None or maker != self._maker:
+            self._maker, self._rebuild = maker, rebuild_of(input)
         own = layer._parameters
-        words = layer, self, self._is_first(layer), self._maker[1]
+        words = layer, self, self._is_first(layer), self._rebuild
         output: Tensor = _Linear.apply(input, own["weight"], own["bias"], *words)  # type: ignore[no-untyped-call]
         return output
 
@@ -176,6 +184,11 @@ class Splitter:
             return F.embedding(input, layer.weight)
         output: Tensor = _Embedding.apply(layer.weight, input, layer, self, self._is_first(layer))  # type: ignore[no-untyped-call]
         return output
+
+    def runs_again(self) -> bool:
+        """Whether a checkpoint is running this forward again, for its saved tensors alone."""
+        hooks = self._in_backward and _hooks(False)
+        return bool(hooks) and not getattr(hooks[1], "is_repeatable", False)
 
     def _is_first(self, layer: _Layer) -> bool:
         """Of a layer's uses in a forward."""
@@ -187,13 +200,9 @@ class Splitter:
         """Whether nobody else looks at the gradients of a layer; in a whole backward, nor adds to them."""
         if not self._is_on or not torch.is_grad_enabled() or torch.is_autocast_enabled(given.device.type):
             return False
-        parameters, names = layer._parameters, _NAMES.get(type(layer))
-        if names is None or not names <= parameters.keys():  # one is made of others, and no parameter
+        if not is_trained(layer):
             return False
-        weight = parameters["weight"]
-        if weight is None or not weight.requires_grad:
-            return False
-        for parameter in parameters.values():
+        for parameter in layer._parameters.values():
             if parameter is not None and (
                 parameter._backward_hooks
                 or len(parameter._post_accumulate_grad_hooks or ()) > 1  # besides the reducer's
@@ -217,6 +226,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, None if rebuild else given)
         ctx.layer, ctx.splitter, ctx.is_first, ctx.rebuild = layer, splitter, is_first, rebuild
+        ctx.is_again = splitter.runs_again()
         return F.linear(given, weight, bias)
 
     @staticmethod
@@ -225,7 +235,7 @@ class _Linear(torch.autograd.Function):
         weight, given = ctx.saved_tensors
         inner = output @ weight if ctx.needs_input_grad[0] else None
         flat = output.reshape(-1, output.shape[-1])
-        if not splitter.takes_gradients:
+        if not splitter.takes_gradients(ctx.is_again):
             given = ctx.rebuild() if given is None else given
             whole = flat.t() @ given.reshape(-1, given.shape[-1])
             return inner, whole, None if own["bias"] is None else flat.sum(0), None, None, None, None
@@ -246,13 +256,14 @@ class _Embedding(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(places)
         ctx.layer, ctx.splitter, ctx.is_first = layer, splitter, is_first
+        ctx.is_again = splitter.runs_again()
         return F.embedding(places, weight)
 
     @staticmethod
     def backward(ctx: Any, output: Tensor) -> Any:
         flat = output.reshape(-1, output.shape[-1])
         rows = Rows(ctx.saved_tensors[0].reshape(-1), flat, ctx.layer.num_embeddings)
-        if not ctx.splitter.takes_gradients:
+        if not ctx.splitter.takes_gradients(ctx.is_again):
             return rows.whole(), None, None, None, None
         ctx.splitter.keep(ctx.layer, ctx.is_first, [(ctx.layer.weight, rows)])
         return None, None, None, None, None
@@ -270,8 +281,18 @@ def _sum(lazies: Sequence[LazyGradient], gradient: Tensor | None = None) -> Tens
 def is_split(module: nn.Module) -> bool:
     """Whether its weight's gradient can be taken over: a linear layer's, and an embedding's that is of its rows and
     nothing else."""
-    if "forward" in vars(module):
+    weight = module._parameters.get("weight")
+    if "forward" in vars(module) or (weight is not None and weight.is_complex()):
         return False
     if type(module) is nn.Embedding:
         return not (module.sparse or module.scale_grad_by_freq or module.max_norm or module.padding_idx is not None)
     return type(module) is nn.Linear
+
+
+def is_trained(layer: nn.Module) -> bool:
+    """A layer that `is_split`: whether its weight is trained, and what it has is its own, and not made of others."""
+    parameters, names = layer._parameters, _NAMES.get(type(layer))
+    if names is None or not names <= parameters.keys():
+        return False
+    weight = parameters["weight"]
+    return weight is not None and weight.requires_grad

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -74,12 +73,19 @@ def reducer_of(model: nn.Module) -> ReplicatedGradients:
     return ReplicatedGradients([GradientBucket(plan, [p for _, p in trained], torch.float32)], Alone())  # type: ignore[arg-type]
 
 
-def gradients_of(model: Behind, given: Tensor, splits: bool, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def gradients_of(
+    model: Behind,
+    given: Tensor,
+    splits: bool,
+    forward: Callable[[Tensor], Tensor],
+    between: Callable[[Splitter], None] = lambda _: None,
+) -> dict[str, Tensor]:
     """By the splitter; `model.seen` is looked at between forward and backward."""
     splitter, reducer = Splitter(model), reducer_of(model)
     with splitter.forward(splits):
         output = forward(given)
     model.kept = model.seen is not None and model.seen() is not None
+    between(splitter)
     reducer.begin_step()
     reducer.begin_backward(last=True)
     if splits:
@@ -104,6 +110,12 @@ def of_autograd(model: nn.Module, given: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        torch.testing.assert_close(found[key], gradient, rtol=tolerance, atol=tolerance)
+
+
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "tanh gelu": lambda: nn.GELU("tanh"),
@@ -125,9 +137,7 @@ def test_what_is_rebuilt_is_not_kept(name: str, splits: bool) -> None:
     expected = of_autograd(model, given)
     found = gradients_of(model, given, splits, model)
     assert not model.kept
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient)
+    assert_same(found, expected)
 
 
 class Changed(nn.Module):
@@ -142,8 +152,12 @@ class Changed(nn.Module):
 class Recomputed(nn.Module):
     """Gives its saved tensors once."""
 
+    def __init__(self, maker: nn.Module) -> None:
+        super().__init__()
+        self.maker = maker
+
     def forward(self, given: Tensor) -> Tensor:
-        made: Tensor = checkpoint(F.gelu, given, use_reentrant=False)
+        made: Tensor = checkpoint(self.maker, given, use_reentrant=False)
         return made
 
 
@@ -153,51 +167,92 @@ class Lent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
-        self.whole = self.weight.data
+        self.slot, self.whole = self.weight.data, self.weight.data.clone()
 
-    def _lend(self, *_: Tensor) -> None:
-        self.weight.data = self.whole
+    def lend(self, *_: Tensor) -> None:
+        self.weight.data = self.slot.copy_(self.whole)
+
+    def take_back(self) -> None:
+        self.weight.data = torch.full((1,), float("nan")).expand(WIDTH)
+        self.slot.fill_(float("nan"))
 
     def forward(self, given: Tensor) -> Tensor:
-        self._lend()
+        self.lend()
         made = self.weight * given.tanh()
-        made.register_hook(self._lend)
-        self.weight.data = torch.full((1,), float("nan")).expand(WIDTH)
+        made.register_hook(self.lend)
+        self.take_back()
         return made
 
 
-@contextmanager
-def on_host() -> Iterator[None]:
-    with torch.autograd.graph.save_on_cpu():
-        yield
+class LentLonger(Lent):
+    """The linear layers still see the values in the forward, but not in the backward."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        self.lend()
+        made = self.weight * given.tanh()
+        made.register_hook(self.lend)
+        return made
 
 
-@pytest.mark.parametrize(
-    ("maker", "around"),
-    [
-        (nn.ReLU, nullcontext),  # keeps its output itself
-        (Changed, nullcontext),
-        (Recomputed, nullcontext),
-        (Lent, nullcontext),
-        (nn.Identity, nullcontext),
-        (nn.GELU, on_host),  # hooks of others
-    ],
-)
-def test_other_inputs_are_kept(
-    maker: Callable[[], nn.Module], around: Callable[[], AbstractContextManager[None]]
-) -> None:
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("maker", [nn.ReLU, nn.Identity, Changed, Lent])
+def test_other_inputs_are_kept(maker: Callable[[], nn.Module], splits: bool) -> None:
     torch.manual_seed(0)
     model, given = Behind(maker()), torch.randn(12, WIDTH)
     expected = of_autograd(model, given)
+    found = gradients_of(model, given, splits, model)
+    assert model.kept
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_a_checkpoint_makes_again_is_kept(name: str) -> None:
+    torch.manual_seed(0)
+    model, given = Behind(Recomputed(MAKERS[name]())), torch.randn(12, WIDTH)
+    expected = of_autograd(model, given)
+    found = gradients_of(model, given, False, model)
+    assert model.kept
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_under_hooks_of_others(name: str) -> None:
+    torch.manual_seed(0)
+    model, given = Behind(MAKERS[name]()), torch.randn(12, WIDTH)
+    expected = of_autograd(model, given)
 
     def forward(given: Tensor) -> Tensor:
-        with around():
+        with torch.autograd.graph.save_on_cpu():
             return model(given)  # type: ignore[no-any-return]
 
+    assert_same(gradients_of(model, given, False, forward), expected)
+
+
+@pytest.mark.parametrize("name", ["layer norm", "scaled"])
+def test_where_parameters_are_larger_than_what_they_make_it_is_kept(name: str) -> None:
+    torch.manual_seed(0)
+    model, given = Behind(MAKERS[name]()), torch.randn(1, WIDTH)
+    expected = of_autograd(model, given)
+    found = gradients_of(model, given, False, model)
+    assert model.kept
+    assert_same(found, expected)
+
+
+def test_a_scale_that_is_taken_away_before_the_backward() -> None:
+    """As ZeRO's stage 3 does, and uses its memory for others."""
+    torch.manual_seed(0)
+    lent = LentLonger()
+    model, given = Behind(lent), torch.randn(12, WIDTH)
+    expected = of_autograd(model, given)
+
+    def forward(given: Tensor) -> Tensor:
+        output: Tensor = model(given)
+        lent.take_back()
+        return output
+
     found = gradients_of(model, given, False, forward)
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient)
+    assert not model.kept
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("splits", [False, True])
@@ -225,14 +280,14 @@ def test_a_norm_whose_parameters_change_before_the_backward(splits: bool) -> Non
 
 
 class Penalized(nn.Module):
-    """Asks for gradients itself, of its input and of a weight, and differentiates them again."""
+    """Asks for gradients itself, of its input and of weights, and differentiates them again."""
 
-    def __init__(self) -> None:
+    def __init__(self, maker: nn.Module) -> None:
         super().__init__()
-        self.inner, self.outer = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.inner, self.maker, self.outer = nn.Linear(WIDTH, WIDTH), maker, nn.Linear(WIDTH, WIDTH)
 
     def forward(self, given: Tensor) -> Tensor:
-        made = self.outer(F.gelu(self.inner(given)))
+        made = self.outer(self.maker(self.inner(given)))
         watched = (given, self.inner.weight, self.outer.weight, self.outer.bias)
         asked = torch.autograd.grad(made.square().sum(), watched, create_graph=True)
         penalty = sum(((each / 100).square().sum() for each in asked), start=made.new_zeros(()))
@@ -240,14 +295,40 @@ class Penalized(nn.Module):
 
 
 @pytest.mark.parametrize("splits", [False, True])
-def test_gradients_that_a_forward_asks_for_itself(splits: bool) -> None:
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["gelu", "layer norm", "scaled"])
+def test_gradients_that_a_forward_asks_for_itself(name: str, is_checkpointed: bool, splits: bool) -> None:
     torch.manual_seed(0)
-    model, given = Behind(Penalized()), torch.randn(12, WIDTH)
+    penalized: nn.Module = Penalized(MAKERS[name]())
+    model, given = Behind(Recomputed(penalized) if is_checkpointed else penalized), torch.randn(12, WIDTH)
     expected = of_autograd(model, given)
     found = gradients_of(model, given, splits, model)
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-4)
+    assert_same(found, expected, 1e-4)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.other.weight = self.one.weight
+
+    def forward(self, given: Tensor) -> Tensor:
+        made: Tensor = self.other(F.gelu(self.one(given)))
+        return made
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_forward_is_run_again_as_it_was(splits: bool) -> None:
+    """Though the next one, by then, has been of the other kind."""
+    torch.manual_seed(0)
+    model, given = Behind(Recomputed(Tied())), torch.randn(12, WIDTH)
+    expected = of_autograd(model, given)
+
+    def between(splitter: Splitter) -> None:
+        with splitter.forward(not splits):
+            model(given)
+
+    assert_same(gradients_of(model, given, splits, model, between), expected)
 
 
 class Named(nn.Module):
@@ -279,9 +360,7 @@ def test_layers_that_are_used_otherwise(splits: bool) -> None:
     expected_sizes, model.sizes = model.sizes, []
     found = gradients_of(model, given, splits, model)  # type: ignore[arg-type]
     assert model.sizes == pytest.approx(expected_sizes)
-    assert found.keys() == expected.keys()
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -291,8 +370,7 @@ def test_within_checkpoints(splits: bool, reentrant: bool) -> None:
     model, given = Behind(nn.GELU()), torch.randn(12, WIDTH, requires_grad=True)
     expected = of_autograd(model, given)
     found = gradients_of(model, given, splits, lambda given: checkpoint(model, given, use_reentrant=reentrant))
-    for key, gradient in expected.items():
-        torch.testing.assert_close(found[key], gradient)
+    assert_same(found, expected)
 
 
 class Shifted(nn.Module):

@@ -66,6 +66,11 @@ def test_who_left_early_is_blamed_for_what_the_others_lost():
     assert root_cause([failure(0, 1, 1, OWN)], [(2, "host2")]).code == 1
 
 
+def test_ranks_that_run_until_they_are_ended_are_victims_too():
+    assert root_cause([failure(0, 1, 1, OWN)], running=3).victims == 3
+    assert root_cause([failure(0, 1, 1, PEER)], [(2, "host2")], running=2).victims == 3
+
+
 def test_memory_and_signals_are_named():
     cause = root_cause([failure(0, -signal.SIGKILL, 1, out_of_memory=True)])
     assert "out of memory" in cause.headline

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lab
+from dstrain.launcher.planning.layout_check import _has_schedule_here
+from dstrain.runtime.spec.load import job_of
 
 pytestmark = pytest.mark.lab
 
@@ -98,6 +101,15 @@ def test_a_preview_is_refused_too(job: Path, start) -> None:
     run = start("--dry-run", "--hosts", f"{NOWHERE}:4", "--set", "parallel.pipeline=3", job.name)
     assert run.wait() == 2
     assert "expected a divisor of 4 ranks" in run.err
+
+
+def test_a_directory_that_is_gone_has_no_schedule(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    config = job_of(yaml.safe_load(JOB) | {"parallel": {"pipeline": 2, "schedule": "own.csv"}})
+    assert not _has_schedule_here(config, str(gone))
 
 
 @pytest.mark.slow

@@ -344,6 +344,11 @@ def test_costs_of_each_stage_come_from_a_file(folder: Path) -> None:
     assert "--costs: forward: expected 2 numbers, one for each of the stages, found 3" in with_three
 
 
+def tied_s(said: dict[str, Any]) -> float:
+    """Behind all actions."""
+    return sum(flow["link_s"] for flow in said["flows"] if flow["name"] == "gradients of tied parameters")
+
+
 def test_a_trace_of_the_schedule_is_replayed_and_of_another_gives_its_medians(folder: Path) -> None:
     """Of four micro-batches one is slow, which medians do not show."""
     schedule = find_schedule("1f1b", 2, 4)
@@ -358,6 +363,13 @@ def test_a_trace_of_the_schedule_is_replayed_and_of_another_gives_its_medians(fo
     assert said["bubble"] == pytest.approx(timeline.bubble)
     text = plan(*words, "--set", "batch.global=4")
     assert f"bubble {100 * timeline.bubble:.1f} % of 4 micro-batches, median of 1 traced step, replayed" in text
+    slow = "--hosts", "a:1,b:1", "--link-gbit", "1e-5"  # in the traced steps messages have been waited for already
+    waiting = json.loads(plan(words[0], *slow, *words[3:], "--set", "batch.global=4", "--json"))
+    by_medians = json.loads(plan(words[0], *slow, *words[3:], "--set", "batch.global=8", "--json"))
+    assert (waiting["replayed_steps"], by_medians["replayed_steps"]) == (1, 0)
+    assert waiting["exposed_s"] == tied_s(waiting) == tied_s(by_medians) < by_medians["exposed_s"]
+    with_others = plan(words[0], "--hosts", "a:4", *words[3:], "--set", "batch.global=8", "--json")
+    assert json.loads(with_others)["replayed_steps"] == 0, "as many micro-batches, but of two pipelines"
     for other in ("batch.global=8", "parallel.schedule=gpipe"):
         said = json.loads(plan(*words, "--set", "batch.global=4", "--set", other, "--json"))
         assert said["replayed_steps"] == 0

@@ -211,6 +211,10 @@ def test_what_has_changed_is_said():
         "parallel: one group of all 2 ranks, which the size of the groups before does not divide",
     )
     assert json.loads(found.job or "")["parallel"] == {"data_shard": None, "data_replicate": None}
+    found = fit(job(12, 2, pipeline=2, data_shard=3), [2, 2, 2], [2, 2], 1)
+    assert found is not None
+    assert found.changes[0] == "batch.global stays 12: 2 data ranks × 3 × 2 samples"
+    assert found.changes[1].startswith("parallel: one group of all 2 data ranks, which")
     found = fit(job(8, 2), [1, 1, 1, 1], [1, 1, 1], 1)
     assert found is not None
     assert found.changes[1] == "2 of 3 slots are used, so that batch.global divides"

@@ -205,6 +205,34 @@ def test_other_inputs_are_kept(maker: Callable[[], nn.Module], splits: bool) -> 
     assert_same(found, expected)
 
 
+class ChangedBetween(Behind):
+    """In place, where autograd does not look, when one linear layer has had it."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        made = self.maker(self.before(given))
+        left = self.left(made)
+        with torch.no_grad():
+            made.mul_(2)
+        both: Tensor = left + self.right(made)
+        return both
+
+
+class Doubled(Behind):
+    """The same for plain autograd."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        made = self.maker(self.before(given))
+        both: Tensor = self.left(made) + self.right(made + made.detach())
+        return both
+
+
+def test_an_input_that_is_changed_between_two_layers() -> None:
+    model, given = ChangedBetween(nn.GELU()), torch.randn(12, WIDTH)
+    plain = Doubled(nn.GELU())
+    plain.load_state_dict(model.state_dict())
+    assert_same(gradients_of(model, given, False, model), of_autograd(plain, given))
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_a_checkpoint_makes_again_is_kept(name: str) -> None:
     torch.manual_seed(0)

@@ -214,8 +214,9 @@ def differences(case: str, found: dict[str, int], expected: Memory) -> list[str]
 CASES = [(schedule, stage) for schedule in ("1f1b", "zb_v") for stage in (0, 2, 3)]
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.alone])])
 def test_each_pipeline_rank_is_as_planned(run_ranks: RunRanks, ranks: int) -> None:
+    """Alone, where data ranks gather: a communication's thread that gets no core holds a unit's memory for longer."""
     configs = [job(schedule, stage, ranks) for schedule, stage in CASES]
     assert_planned(run_ranks, ranks, configs)
 

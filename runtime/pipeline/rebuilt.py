@@ -33,7 +33,7 @@ def note_norms(model: nn.Module) -> None:
     """Let the model's layer norms note what `rebuild_of` must know of them."""
     for module in model.modules():
         if type(module) is nn.LayerNorm and "forward" not in vars(module):
-            module.forward = partial(_norm, module)
+            module.forward = partial(_norm, module)  # type: ignore[method-assign] # as a Splitter does
 
 
 def rebuild_of(made: Tensor) -> Rebuild | None:
@@ -58,9 +58,10 @@ class _Copy:
 def _norm(layer: nn.LayerNorm, input: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     output = F.layer_norm(input, layer.normalized_shape, weight, bias, layer.eps)
-    if output.grad_fn is not None and (weight is None or weight.numel() <= _SMALL * output.numel()):
+    maker: Any = output.grad_fn
+    if maker is not None and (weight is None or weight.numel() <= _SMALL * output.numel()):
         copies = (None if own is None else _Copy(own) for own in (weight, bias))
-        output.grad_fn.metadata[_NOTED] = layer.normalized_shape, *copies, layer.eps
+        maker.metadata[_NOTED] = layer.normalized_shape, *copies, layer.eps
     return output
 
 

@@ -186,10 +186,9 @@ def _note_split(model: nn.Module, layers: Sequence[Layer], records: Sequence[_Re
                 seen[_storage(given)] = given
                 watch.record.left += given.numel() * given.element_size()
 
-    taken = [module for module in modules.values() if is_split(module)]
+    taken = [module for module in modules.values() if is_split(module) and is_trained(module)]
     for module in taken:
-        if is_trained(module):
-            module.register_forward_hook(note, with_kwargs=True)  # type: ignore[arg-type] # as its types are
+        module.register_forward_hook(note, with_kwargs=True)
     for layer, record in zip(layers, records, strict=True):
         inside = [module for name in layer.modules for module in modules[name].modules()]
         others = {p for one in inside if one not in taken for p in one.parameters(recurse=False)}

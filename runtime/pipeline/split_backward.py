@@ -187,8 +187,8 @@ class Splitter:
 
     def runs_again(self) -> bool:
         """Whether a checkpoint is running this forward again, for its saved tensors alone."""
-        hooks = self._in_backward and _hooks(False)
-        return bool(hooks) and not getattr(hooks[1], "is_repeatable", False)
+        hooks = _hooks(False) if self._in_backward else None
+        return hooks is not None and not getattr(hooks[1], "is_repeatable", False)
 
     def _is_first(self, layer: _Layer) -> bool:
         """Of a layer's uses in a forward."""

@@ -216,7 +216,7 @@ CASES = [(schedule, stage) for schedule in ("1f1b", "zb_v") for stage in (0, 2, 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.alone])])
 def test_each_pipeline_rank_is_as_planned(run_ranks: RunRanks, ranks: int) -> None:
-    """Alone, where data ranks gather: a communication's thread that gets no core holds a unit's memory for longer."""
+    """Alone, where data ranks gather: beside other load a rank has been seen with one unit's memory more."""
     configs = [job(schedule, stage, ranks) for schedule, stage in CASES]
     assert_planned(run_ranks, ranks, configs)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Rebuild = Callable[[], Tensor]
-"""With gradients (of gradients, for whoever asks for them in a forward), where these are on."""
+"""Computes a tensor again; differentiably where gradients are on, for a forward that asks for gradients itself."""
 
 _SMALL = 1 / 8
 """Of a tensor: parameters that are copied to build it again."""

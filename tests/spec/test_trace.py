@@ -17,6 +17,7 @@ from dstrain.runtime.spec.schedule import SCHEDULE_NAMES, Action, Costs, Kind, S
 from dstrain.runtime.spec.trace import (
     Category,
     Collected,
+    Measured,
     RankTrace,
     Reading,
     Span,
@@ -100,10 +101,23 @@ def test_uneven_steps_are_replayed_by_their_own_times(name: str, tmp_path: Path)
     assert measured.replay(make_schedule(name, 3, 5)) is None
 
 
+Spans = list[tuple[str, str, int, int, int | None]]
+"""A rank's, by hand: kind, name, begin and end in ms, and peer."""
+
+
+def by_hand(folder: Path, ranks: list[Spans]) -> Measured:
+    kinds = {"F": Category.FORWARD, "B": Category.BACKWARD, "s": Category.SEND, "w": Category.WAIT}
+    traces = [
+        RankTrace(rank, spans=[Span(4, kinds[k], name, b * 10**6, e * 10**6, peer) for k, name, b, e, peer in spans])
+        for rank, spans in enumerate(ranks)
+    ]
+    write_trace(folder / "trace.json", traces)
+    return read_trace(folder / "trace.json")
+
+
 def test_what_happens_between_actions_is_replayed_too(tmp_path: Path) -> None:
     """By hand, in ms. Rank 1 begins late, both have gaps, rank 0 waits for its parameters besides the message."""
-    kinds = {"F": Category.FORWARD, "B": Category.BACKWARD, "s": Category.SEND, "w": Category.WAIT}
-    ranks: list[list[tuple[str, str, int, int, int | None]]] = [
+    ranks: list[Spans] = [
         [
             *[("F", "0F0", 0, 10, None), ("s", "0F0", 9, 10, 1)],
             *[("B", "0B0", 13, 50, None), ("w", "1B0", 13, 42, 1), ("w", "parameters", 44, 46, None)],
@@ -113,14 +127,7 @@ def test_what_happens_between_actions_is_replayed_too(tmp_path: Path) -> None:
             *[("B", "1B0", 26, 40, None), ("s", "1B0", 39, 40, 0)],
         ],
     ]
-    traces = [
-        RankTrace(
-            rank, spans=[Span(4, kinds[kind], name, b * 10**6, e * 10**6, peer) for kind, name, b, e, peer in all_]
-        )
-        for rank, all_ in enumerate(ranks)
-    ]
-    write_trace(tmp_path / "trace.json", traces)
-    measured = read_trace(tmp_path / "trace.json")
+    measured = by_hand(tmp_path, ranks)
     [step] = measured.steps
     own = {str(action): each for row in step.took.values() for action, each in row.items()}
     expected = {
@@ -143,6 +150,30 @@ def test_a_message_that_came_early_is_as_quick_as_others(tmp_path: Path) -> None
     [step] = read_trace(tmp_path / "trace.json").steps
     found = [each.message_s for action, each in step.took[1].items() if action.kind is Kind.FORWARD]
     assert found == pytest.approx([1e-3] * 4, abs=1e-8)
+
+
+def test_a_message_that_was_late_is_late_again(tmp_path: Path) -> None:
+    """By hand, in ms. Rank 1 needs 0F1 only 1 ms behind its end, when such a message would be there, and gets it
+    7 ms later."""
+    rank_0: Spans = [
+        *[("F", "0F0", 0, 10, None), ("s", "0F0", 9, 10, 1)],
+        *[("F", "0F1", 10, 12, None), ("s", "0F1", 11, 12, 1)],
+        *[("B", "0B0", 12, 27, None), ("w", "1B0", 12, 25, 1)],
+        *[("B", "0B1", 27, 29, None), ("w", "1B1", 27, 27, 1)],
+    ]
+    rank_1: Spans = [
+        *[("F", "1F0", 0, 13, None), ("w", "0F0", 0, 11, 0)],
+        *[("F", "1F1", 13, 22, None), ("w", "0F1", 13, 20, 0)],
+        *[("B", "1B0", 22, 24, None), ("s", "1B0", 23, 24, 0)],
+        *[("B", "1B1", 24, 26, None), ("s", "1B1", 25, 26, 0)],
+    ]
+    measured = by_hand(tmp_path, [rank_0, rank_1])
+    [step] = measured.steps
+    found = {str(action): each.message_s for row in step.took.values() for action, each in row.items()}
+    expected = {"1F0": 1e-3, "1F1": 8e-3, "0B0": 1e-3, "0B1": 1e-3}
+    assert found == pytest.approx(dict.fromkeys(found, 0.0) | expected, abs=1e-9)
+    replayed = measured.replay(make_schedule("gpipe", 2, 2))
+    assert replayed == pytest.approx((1, 29e-3, measured.bubble))
 
 
 ENDLESS = """{"otherData": {"uncertainty_us": {}},

@@ -4,7 +4,8 @@
 An action's span begins with the wait for what it needs. Its own time is the span without such waits: what `simulate`
 asks for. A message is begun within the own time of the action that made it, so its time is what it takes besides: from
 that action's end to the wait's end. It is known where the receiver had begun to wait before it was sent; where nobody
-ever waited, the shortest such time is an upper bound.
+ever waited, the shortest such time is an upper bound. A wait that begins later and yet lasts longer than a message
+takes has had it late: it is known, too.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class Done(NamedTuple):
 
 
 class Message(NamedTuple):
-    """boundary: the stage before it. was_awaited: else `seconds` are an upper bound. [Note: own time]"""
+    """boundary: the stage before it. was_awaited: else `seconds` are an upper bound. waited_s: its receiver did.
+    [Note: own time]"""
 
     boundary: int
     seconds: float
     was_awaited: bool
+    waited_s: float
 
 
 Taker = tuple[int, int, Action]
@@ -77,5 +80,6 @@ def messages(spans: Mapping[int, Sequence[Span]], done: Mapping[int, Sequence[Do
                 continue
             boundary = action.stage - 1 if action.kind is Kind.FORWARD else action.stage
             seconds = (wait.end_ns - made_ns) / 1e9
-            found[wait.step, rank, action] = Message(boundary, seconds, wait.begin_ns <= sent_ns)
+            waited_s = (wait.end_ns - wait.begin_ns) / 1e9
+            found[wait.step, rank, action] = Message(boundary, seconds, wait.begin_ns <= sent_ns, waited_s)
     return found

@@ -113,7 +113,7 @@ def _typical(under_way: Iterable[Message]) -> dict[int, float]:
     """Medians of those that were awaited, by boundary; where none was, the least bound. [Note: own time]"""
     awaited: defaultdict[int, list[float]] = defaultdict(list)
     bounds: dict[int, float] = {}
-    for boundary, seconds, was_awaited in under_way:
+    for boundary, seconds, was_awaited, _ in under_way:
         bounds[boundary] = min(seconds, bounds.get(boundary, seconds))
         if was_awaited:
             awaited[boundary].append(seconds)

@@ -64,8 +64,9 @@ def _took(
     for action, span, own_s, _, others_s in row:
         message, message_s = messages.get((span.step, rank, action)), 0.0
         if message is not None:
-            most_s = math.inf if message.was_awaited else typical[message.boundary]
-            message_s = min(message.seconds, most_s)
+            usual_s = typical[message.boundary]
+            is_known = message.was_awaited or message.waited_s > usual_s
+            message_s = message.seconds if is_known else min(message.seconds, usual_s)
         before_s = (span.begin_ns - free_ns) / 1e9
         found[action] = Took(own_s, message_s + others_s, before_s + others_s)
         free_ns = span.end_ns

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -17,22 +20,35 @@ from dstrain.runtime.zero.gradients import ShardedGradients
 from dstrain.runtime.zero.weights import ShardedWeights
 
 from .conftest import RunRanks
+from .test_pipeline import assert_same, pipelined
 
 OPTIMIZER = OptimizerConfig(lr=0.01)
 
 
-def train(comm: Communicator, stage: int, dtype: str, offload: OffloadConfig | None) -> list[float]:
-    """Losses. offload: as it would be on a GPU; `spread` leaves it out on a CPU, where it moves nothing."""
+@contextmanager
+def moving(offload: OffloadConfig | None) -> Iterator[None]:
+    """Engines that are made within offload as they would on a GPU; `spread` leaves it out on a CPU, where it moves
+    nothing."""
+    made: list[ShardedWeights] = []
 
     def weights(*args: object, **kwargs: object) -> ShardedWeights:
-        return ShardedWeights(*args, **{**kwargs, "offload": offload})  # type: ignore[arg-type]
+        made.append(ShardedWeights(*args, **{**kwargs, "offload": offload}))  # type: ignore[arg-type]
+        return made[-1]
 
     def gradients(*args: object) -> ShardedGradients:
         return ShardedGradients(*args[:-2], offload is not None, args[-1])  # type: ignore[arg-type]
 
+    with patch.object(spread, "ShardedWeights", weights), patch.object(spread, "ShardedGradients", gradients):
+        yield
+    assert made
+    assert all((unit.host_grad is not None) == (offload is not None) for one in made for unit in one.units)
+
+
+def train(comm: Communicator, stage: int, dtype: str, offload: OffloadConfig | None) -> list[float]:
+    """Losses."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
-    with patch.object(spread, "ShardedWeights", weights), patch.object(spread, "ShardedGradients", gradients):
+    with moving(offload):
         engine = Engine(
             nn.Sequential(nn.Linear(5, 6), nn.Sequential(*blocks), nn.Linear(6, 2)),
             comm,
@@ -68,3 +84,17 @@ def test_offloaded_training_is_the_same_bitwise(run_ranks: RunRanks, stage: int,
 
     for plain, offloaded in run_ranks(2, work):
         assert plain == offloaded
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stage", "parameters"),
+    [("1f1b", 1, False), ("1f1b", 2, False), ("zb_v", 3, False), ("1f1b", 3, True)],
+)
+def test_an_offloaded_pipeline_trains_as_one_process(
+    run_ranks: RunRanks, schedule: str, stage: int, parameters: bool
+) -> None:
+    def work(rank: int) -> Any:
+        with moving(OffloadConfig(optimizer=True, parameters=parameters)):
+            return pipelined(schedule, 2, stage)(rank)
+
+    assert_same(run_ranks(4, work), data=2)
